@@ -1,0 +1,44 @@
+"""dsv4_rt: raw CUDA kernels for DeepSeek-V4 inference, compiled at run time, with a PTX emulator to run them anywhere.
+
+    weights, ids = dsv4_rt.activation_topk(logits, e_bias, top_k=6, routed_scaling_factor=2.5)
+
+Importing this package imports no GPU framework, compiles nothing and opens no device.
+"""
+
+from dsv4_rt.device import Device, device, open_device, use_device
+from dsv4_rt.errors import (
+    ArgumentError,
+    CompileError,
+    Deadlock,
+    DeviceError,
+    Dsv4Error,
+    EmulatorError,
+    KernelFault,
+    LaunchError,
+    UnsupportedInstruction,
+)
+from dsv4_rt.models import FLASH, PRO
+from dsv4_rt.router.ops import activation_topk, hash_router, topk_select
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FLASH",
+    "PRO",
+    "ArgumentError",
+    "CompileError",
+    "Deadlock",
+    "Device",
+    "DeviceError",
+    "Dsv4Error",
+    "EmulatorError",
+    "KernelFault",
+    "LaunchError",
+    "UnsupportedInstruction",
+    "activation_topk",
+    "device",
+    "hash_router",
+    "open_device",
+    "topk_select",
+    "use_device",
+]

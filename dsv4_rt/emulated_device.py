@@ -1,0 +1,139 @@
+"""The emulator behind the verbs of `dsv4_rt.device`: arrays are NumPy arrays, a launch has ended when it returns."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dsv4_rt.compile import ARCHITECTURES, Artifact, kernels_dir
+from dsv4_rt.device import Geometry, LoadedKernel, Parameters, Region
+from dsv4_rt.emulator import LaunchReport, Machine
+from dsv4_rt.errors import DeviceError
+
+
+class _Block:
+    """Owner of one allocation of the arena: every NumPy view of it keeps this object, and so the allocation, alive."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.address = address
+        self.__array_interface__ = {"data": (address, False), "shape": (nbytes,), "typestr": "|u1", "version": 3}
+
+
+@dataclass
+class EmulatedDevice:
+    """The emulator behind the same verbs. `last_report` counts the instructions of the latest launch."""
+
+    arch: str = "sm_100a"
+    order: str = "min-pc"
+    seed: int = 0
+    kind: str = field(default="emulator", init=False)
+    index: int = field(default=0, init=False)
+    max_shared: int = field(default=227 * 1024, init=False)
+    sm_count: int = field(init=False)
+    last_report: LaunchReport | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.arch not in ARCHITECTURES:
+            raise DeviceError(f"the emulator runs {', '.join(ARCHITECTURES)}, not {self.arch!r}")
+        self.sm_count = 132 if self.arch == "sm_90a" else 148  # H200; B200: so that grids are sized as there
+        # The PTX names sources as "kernels/router/x.cu": a report quotes the line where the tree is found.
+        self.machine = Machine(self.arch, order=self.order, seed=self.seed, source_roots=_source_roots())
+        self._modules: dict[str, Any] = {}
+        self._lock = threading.RLock()
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __repr__(self) -> str:
+        return f"EmulatedDevice({self.arch})"
+
+    @property
+    def name(self) -> str:
+        return f"emulated {self.arch}"
+
+    def load(self, artifact: Artifact, name: str) -> LoadedKernel:
+        if artifact.arch != self.arch:
+            raise DeviceError(f"{name} was compiled for {artifact.arch}; this is {self!r}")
+        with self._lock:
+            module = self._modules.get(artifact.key)
+            if module is None:
+                module = self._modules[artifact.key] = self.machine.load(artifact.ptx, artifact.source)
+        return LoadedKernel(name, artifact.kernels[name], module)
+
+    def bind(self, kernel: LoadedKernel, geometry: Geometry, params: Parameters) -> Callable[[int], None]:
+        memory = self.machine.memory
+
+        def launch(stream: int) -> None:
+            with self._lock:
+                tokens = [
+                    memory.register(r.address, r.nbytes, label=r.label, writable=r.writable)
+                    for r in _merged(params.regions.values())
+                    if not memory.contains(r.address, r.nbytes)
+                ]
+                try:
+                    self.last_report = self.machine.launch(
+                        kernel.handle,
+                        kernel.info.lowered,
+                        geometry.grid,
+                        geometry.block,
+                        bytes(params.buffer[: params.size]),
+                        dynamic_shared=geometry.shared,
+                        cluster=geometry.cluster or kernel.info.cluster or (1, 1, 1),
+                        cooperative=geometry.cooperative,
+                    )
+                finally:
+                    for token in tokens:
+                        memory.unregister(token)
+
+        return launch
+
+    def empty(self, shape: int | Sequence[int], dtype: Any) -> Any:
+        """An uninitialised NumPy array in the arena: poisoned, between red zones, freed with its last view."""
+        dtype = np.dtype(dtype)
+        dims = (shape,) if isinstance(shape, int) else tuple(shape)
+        nbytes = int(np.prod(dims, dtype=np.int64)) * dtype.itemsize
+        if nbytes == 0:
+            return np.empty(dims, dtype)
+        memory = self.machine.memory
+        block = _Block(memory.alloc(nbytes, label=f"{dtype.name}{list(dims)}"), nbytes)
+        weakref.finalize(block, memory.free, block.address)
+        return np.asarray(block).view(dtype).reshape(dims)
+
+    def array(self, host: Any) -> Any:
+        host = np.asarray(host)
+        out = self.empty(host.shape, host.dtype)
+        out[...] = host
+        return out
+
+    def numpy(self, array: Any) -> np.ndarray[Any, Any]:
+        return np.array(array)
+
+    def current_stream(self) -> int:
+        return 0
+
+    def synchronize(self) -> None:
+        return
+
+
+def _source_roots() -> tuple[str, ...]:
+    return (str(kernels_dir().parent),)
+
+
+def _merged(regions: Iterable[Region]) -> list[Region]:
+    """Regions with those that overlap joined: an input may be given twice, or be a view of another input."""
+    merged: list[Region] = []
+    for r in sorted(regions, key=lambda r: r.address):
+        if merged and r.address < merged[-1].address + merged[-1].nbytes:
+            last = merged.pop()
+            end = max(last.address + last.nbytes, r.address + r.nbytes)
+            r = Region(last.address, end - last.address, f"{last.label}+{r.label}", last.writable or r.writable)
+        merged.append(r)
+    return merged
