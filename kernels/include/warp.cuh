@@ -1,0 +1,18 @@
+// warp.cuh: what the 32 lanes of a warp do together. Every lane must arrive.
+#pragma once
+
+#include "numeric.cuh"
+
+constexpr int LANES     = 32;
+constexpr u32 ALL_LANES = 0xffffffffu;
+
+// The warp's number in its block, in a form that lets the compiler know all lanes agree on it.
+__device__ __forceinline__ int warp_index() { return __shfl_sync(ALL_LANES, int(threadIdx.x / LANES), 0); }
+
+__device__ __forceinline__ u32 lanes_max(u32 v) { return __reduce_max_sync(ALL_LANES, v); }
+
+// Which lanes say yes, as a mask.
+__device__ __forceinline__ u32 lanes_where(bool yes) { return __ballot_sync(ALL_LANES, yes); }
+
+// The lanes below mine, as a mask.
+__device__ __forceinline__ u32 lanes_below(int lane) { return (1u << lane) - 1u; }
