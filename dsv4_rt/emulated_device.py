@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from dsv4_rt.compile import ARCHITECTURES, Artifact, kernels_dir
-from dsv4_rt.device import Geometry, LoadedKernel, Parameters, Region
+from dsv4_rt.device import Geometry, LoadedKernel, Parameters
 from dsv4_rt.emulator import LaunchReport, Machine
 from dsv4_rt.errors import DeviceError
 
@@ -75,8 +75,7 @@ class EmulatedDevice:
             with self._lock:
                 tokens = [
                     memory.register(r.address, r.nbytes, label=r.label, writable=r.writable)
-                    for r in _merged(params.regions.values())
-                    if not memory.contains(r.address, r.nbytes)
+                    for r in params.regions.values()
                 ]
                 try:
                     self.last_report = self.machine.launch(
@@ -125,15 +124,3 @@ class EmulatedDevice:
 
 def _source_roots() -> tuple[str, ...]:
     return (str(kernels_dir().parent),)
-
-
-def _merged(regions: Iterable[Region]) -> list[Region]:
-    """Regions with those that overlap joined: an input may be given twice, or be a view of another input."""
-    merged: list[Region] = []
-    for r in sorted(regions, key=lambda r: r.address):
-        if merged and r.address < merged[-1].address + merged[-1].nbytes:
-            last = merged.pop()
-            end = max(last.address + last.nbytes, r.address + r.nbytes)
-            r = Region(last.address, end - last.address, f"{last.label}+{r.label}", last.writable or r.writable)
-        merged.append(r)
-    return merged

@@ -30,6 +30,7 @@ class _Pointer:
 
 
 POINTER: Final = _Pointer()  # an argument of `prepare`: an address that `Prepared.launch` writes
+_BY_VALUE = (np.generic, bytes, bytearray, int, float)  # int and float are refused by `prepare`: their width is unknown
 MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_CLUSTER = 16  # blocks; more than 8 is not portable but what H200 and B200 can do
 
@@ -89,8 +90,8 @@ class Kernel:
         Raises:
             ArgumentError, LaunchError: an argument or the geometry does not fit the kernel; nothing was launched.
         """
-        arrays = [a for a in args if not isinstance(a, np.generic | bytes | bytearray)]
-        plain = [POINTER if not isinstance(a, np.generic | bytes | bytearray) else a for a in args]
+        arrays = [a for a in args if not isinstance(a, _BY_VALUE)]
+        plain = [a if isinstance(a, _BY_VALUE) else POINTER for a in args]
         ready = self.prepare(grid, block, *plain, shared=shared, cluster=cluster, cooperative=cooperative, pdl=pdl)
         views = [view(a) for a in arrays]
         for i, v in enumerate(views):
@@ -98,8 +99,10 @@ class Kernel:
                 raise ArgumentError(f"{self.name}: array {i} is on {v.on}, the kernel on {self.device!r}")
         if stream is not None:
             handle = stream_handle(stream)
+        elif arrays and self.device.kind == "cuda":
+            handle = framework(arrays[0]).stream(self.device.index)
         else:
-            handle = framework(arrays[0]).stream(self.device.index) if arrays else self.device.current_stream()
+            handle = self.device.current_stream()
         ready.launch([v.ptr for v in views], handle, views)
 
     def prepare(

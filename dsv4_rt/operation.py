@@ -116,11 +116,12 @@ class Operation:
                     raise overlap(self.name, present, i, j)
         ready = known.plan.ready
         if ready is not None:
-            handle = known.home.stream(known.device.index) if stream is None else stream_handle(stream)
             if known.device.kind == "emulator":
-                ready.launch(pointers, handle, [framework(x).view(x) for x in given if x is not None])
+                ready.launch(pointers, 0, [framework(x).view(x) for x in given if x is not None])
+            elif stream is None:
+                ready.launch(pointers, known.home.stream(known.device.index))
             else:
-                ready.launch(pointers, handle)
+                ready.launch(pointers, stream_handle(stream))
         if out is None:
             return tuple(known.home.wrap(x) for x in results)
         return out if type(out) is tuple else tuple(out)

@@ -29,10 +29,10 @@ extern "C" __global__ void widths(long long* out, char a, double b, short c, Pai
 
 extern "C" __global__ void reverse_shared(int* out)
 {
-    extern __shared__ int all[];
-    all[threadIdx.x] = out[threadIdx.x];
+    extern __shared__ int turned[];
+    turned[threadIdx.x] = out[threadIdx.x];
     __syncthreads();
-    out[threadIdx.x] = all[blockDim.x - 1 - threadIdx.x];
+    out[threadIdx.x] = turned[blockDim.x - 1 - threadIdx.x];
 }
 
 extern "C" __global__ void store_far(int* out, long long where) { out[where] = 1; }

@@ -88,8 +88,10 @@ def test_refuses_arguments_that_do_not_fit(emulator):
         fill.prepare(1, 32, POINTER, 1, np.int32(1))
     with pytest.raises(LaunchError, match="1 arguments are POINTER"):
         fill.prepare(1, 32, POINTER, np.int32(1), np.int32(1)).launch([])
-    with pytest.raises(ArgumentError, match="int is no array"):
+    with pytest.raises(ArgumentError, match=r"argument 1 is a int; its width is ambiguous"):
         fill.launch(1, 32, out, 1, np.int32(1))
+    with pytest.raises(ArgumentError, match="str is no array"):
+        fill.launch(1, 32, "out", np.int32(1), np.int32(1))
 
 
 def test_refuses_geometry_that_does_not_fit(emulator):

@@ -109,7 +109,7 @@ def plain_activation_topk(logits: list[float], bias: list[float], k: int, scale:
         if math.isnan(x) or x == INF:
             return x
         softplus = max(x, 0.0) + math.log1p(math.exp(-abs(x)))
-        return math.sqrt(softplus) if softplus >= 2.0**-126 else 0.0
+        return math.sqrt(softplus) if softplus >= 2.0**-252 else 0.0
 
     acts = [act(x) for x in logits]
     ids = plain_topk([a + b for a, b in zip(acts, bias, strict=True)], k)
@@ -124,6 +124,7 @@ EDGE_LOGITS = [
     *EDGE_ROWS,
     [-200, -300, -INF, -110, -104, -105, -500, -1e30],  # every act is 0
     [-88, -87, -90, -86, -85, -100, -87.5, -95],  # around the least normal softplus
+    [-174.6, -174.7, -174, -175, -180, -179, -170, -200],  # around the least normal act
     [-80, -81, -82, -83, -84, -79, -78, -77],
     [3e38, -87, 1, 1e30, -40, 0, 88, 20],
 ]
@@ -273,7 +274,7 @@ def test_rejects_the_higher_index_of_an_exact_tie():
     weights, ids = np.full((1, 2), 1.25, F32), np.array([[0, 2]], np.int32)
     with pytest.raises(AssertionError, match="id 2 .* comes before id 1, an exact tie of lower index"):
         check_activation_topk(weights, ids, logits, e_bias, 2, 2.5)
-    logits[0] = [-150, -INF, -200, -INF, -111, -INF, -INF, -INF]  # all of these have act 0 in float32
+    logits[0] = [-250, -INF, -200, -INF, -181, -INF, -INF, -INF]  # all of these have act 0 in float32
     with pytest.raises(AssertionError, match="id 2 .* comes before id 1, an exact tie of lower index"):
         check_activation_topk(np.zeros((1, 2), F32), ids, logits, e_bias, 2, 2.5)
 
@@ -305,7 +306,7 @@ def test_leaves_it_open_whether_a_tiny_weight_is_flushed():
 
 def test_rejects_wrong_weights_of_special_rows():
     e_bias = np.zeros(3, F32)
-    infinite, zero = F32([[INF, 1, 2]]), F32([[-INF, -200, -150]])
+    infinite, zero = F32([[INF, 1, 2]]), F32([[-INF, -200, -190]])
     check_activation_topk(F32([[NAN, 0, 0]]), np.array([[0, 2, 1]], np.int32), infinite, e_bias, 3, 2.5)
     with pytest.raises(AssertionError, match="row 0, place 0: id 0 has weight 2.5; nan"):
         check_activation_topk(F32([[2.5, 0, 0]]), np.array([[0, 2, 1]], np.int32), infinite, e_bias, 3, 2.5)
