@@ -1,0 +1,183 @@
+"""How every bench script measures, and how it prints.
+
+Device time: a CUDA graph of many launches, replayed between two events; time per launch = (after - before) / launches,
+median over replays, p10 and p90 beside it. The replay's own fixed cost is inside, a graph of empty kernels shows it.
+  cold  a 256 MB read before every replay evicts the L2, and every launch of the graph reads inputs of its own
+  warm  every launch reads the same inputs
+Host time: eager calls in a loop without synchronisation, median of several loops.
+Roof: pure read of 1 GiB in the same run.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import cupy
+import numpy as np
+
+import dsv4_rt
+from dsv4_rt.compile import compiler_build
+from dsv4_rt.launch import POINTER, load
+
+HERE = Path(__file__).resolve().parent
+SWEEP_BYTES = 256 * 2**20
+ROOF_BYTES = 2**30
+
+
+class Bench:
+    """A GPU, a stream to capture on, and the two reference kernels."""
+
+    def __init__(self, title):
+        self.device = dsv4_rt.device()
+        if self.device.kind != "cuda":
+            raise SystemExit(f"{title} measures a GPU; there is none (kernels would run on the {self.device.name})")
+        self.stream = cupy.cuda.Stream(non_blocking=True)
+        source = str(HERE / "roof.cu")
+        self.sweep = self._reader(source, SWEEP_BYTES)
+        empty = load(source, "empty", self.device).prepare(1, 32)
+        self.empty_us = self.device_time([lambda s: empty(s)] * 40, cold=False)[0]
+        roof = self._reader(source, ROOF_BYTES)
+        us = self.device_time([roof] * 4, cold=False)[0]
+        self.roof = ROOF_BYTES / us * 1e-6  # TB/s
+        self.machine = cupy.cuda.runtime.getDeviceProperties(self.device.index)["name"].decode()
+        driver = cupy.cuda.runtime.driverGetVersion()
+        self.facts = {
+            "gpu": self.machine,
+            "arch": self.device.arch,
+            "driver": nvidia_driver(),
+            "cuda": f"{driver // 1000}.{driver % 1000 // 10}",
+            "compiler": compiler_build(),
+            "python": platform.python_version(),
+            "cupy": cupy.__version__,
+            "commit": commit(),
+            "date": datetime.date.today().isoformat(),
+            "empty_node_us": round(self.empty_us, 3),
+            "read_roof_TBps": round(self.roof, 3),
+        }
+
+    def _reader(self, source, nbytes):
+        buffer = cupy.zeros(nbytes // 4, cupy.uint32)
+        sink = cupy.zeros(1, cupy.uint32)
+        ready = load(source, "read_all", self.device).prepare(
+            4 * self.device.sm_count, 512, POINTER, POINTER, np.int64(nbytes // 16)
+        )
+        pointers = [buffer.data.ptr, sink.data.ptr]
+
+        def read(stream, _keep=(buffer, sink)):
+            ready.launch(pointers, stream)
+
+        return read
+
+    def header(self, what):
+        f = self.facts
+        print(what)
+        print(
+            f"{f['gpu']}, {f['arch']}, driver {f['driver']} (CUDA {f['cuda']}), {f['compiler']}, "
+            f"commit {f['commit']}, {f['date']}; clocks not locked"
+        )
+        print(
+            f"CUDA graph replay, medians; cold: L2 evicted before each replay, own inputs per launch; "
+            f"empty node {self.empty_us:.2f} us; read roof in this run {self.roof:.2f} TB/s\n"
+        )
+
+    def device_time(self, launches, cold=True, repeats=11):
+        """(median, p10, p90) us per launch of a graph of `launches`, callables of a stream handle."""
+        with self.stream:
+            for launch in launches:
+                launch(self.stream.ptr)
+            self.stream.synchronize()
+            self.stream.begin_capture()
+            for launch in launches:
+                launch(self.stream.ptr)
+            graph = self.stream.end_capture()
+            graph.upload(self.stream)
+            before, after = cupy.cuda.Event(), cupy.cuda.Event()
+            samples = []
+            for _ in range(repeats + 2):
+                if cold:
+                    self.sweep(self.stream.ptr)
+                else:
+                    graph.launch(self.stream)
+                before.record(self.stream)
+                graph.launch(self.stream)
+                after.record(self.stream)
+                after.synchronize()
+                samples.append(cupy.cuda.get_elapsed_time(before, after) * 1e3 / len(launches))
+        us = np.array(samples[2:])  # the first two warm clocks and caches of the driver
+        return float(np.median(us)), float(np.percentile(us, 10)), float(np.percentile(us, 90))
+
+    def host_time(self, call, calls=400, repeats=9):
+        """Median us of host time for one eager call."""
+        for _ in range(50):
+            call()
+        self.device.synchronize()
+        samples = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            samples.append((time.perf_counter() - start) / calls * 1e6)
+            self.device.synchronize()
+        return float(np.median(samples))
+
+
+def nvidia_driver():
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+        return next(word for word in text.split() if word[0].isdigit() and word.count(".") >= 1)
+    except (OSError, StopIteration):
+        return "unknown"
+
+
+def commit():
+    done = subprocess.run(
+        ["git", "-C", str(HERE), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def arguments(doc):
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="append the rows as JSON lines")
+    parser.add_argument("--plot", type=Path, help="draw the rows into a PNG")
+    parser.add_argument("--readme", action="store_true", help="write the table into README.md between its markers")
+    return parser
+
+
+def write_out(path, facts, rows):
+    with path.open("a") as file:
+        file.writelines(json.dumps(facts | row) + "\n" for row in rows)
+
+
+def write_readme(marker, text):
+    """Replace what stands between <!-- bench:MARKER --> and <!-- end --> in README.md."""
+    path = HERE.parent / "README.md"
+    whole = path.read_text()
+    start = whole.index(f"<!-- bench:{marker} -->") + len(f"<!-- bench:{marker} -->")
+    end = whole.index("<!-- end -->", start)
+    path.write_text(f"{whole[:start]}\n{text.strip()}\n{whole[end:]}")
+
+
+def plot(path, rows, bench):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for label in dict.fromkeys(row["case"] for row in rows):
+        mine = [row for row in rows if row["case"] == label]
+        axes.loglog([row["N"] for row in mine], [row["us"] for row in mine], "o-", label=label)
+        axes.loglog(
+            [row["N"] for row in mine], [row["floor_us"] for row in mine], ":", color=axes.lines[-1].get_color()
+        )
+    axes.set_xlabel("N, tokens")
+    axes.set_ylabel("device time, us (dotted: bytes at the read roof)")
+    axes.set_title(f"{bench.machine}, cold")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)

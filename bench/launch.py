@@ -1,0 +1,89 @@
+"""Host cost of a launch, as ratios to cuda.core's launch of the same kernel in the same run.
+
+    python bench/launch.py [--out FILE]
+
+Arms, all of activation_topk on one token (10 arguments): the driver call alone with everything prebuilt; cuda.core's
+launch; a prepared launch, frozen and with every pointer rewritten; the whole operation, for CuPy and torch.
+"""
+
+import cupy
+import numpy as np
+from cuda.bindings import driver
+from harness import Bench, arguments, write_out
+
+import dsv4_rt
+from dsv4_rt.compile import compile
+from dsv4_rt.device import Parameters
+from dsv4_rt.router import ops
+
+
+def main():
+    options = arguments(__doc__).parse_args()
+    bench = Bench("launch")
+    N, E, k = 1, 256, 6
+    logits = cupy.random.standard_normal((N, E), dtype=cupy.float32)
+    bias = cupy.random.standard_normal(E, dtype=cupy.float32)
+    out = (cupy.empty((N, k), cupy.float32), cupy.empty((N, k), cupy.int32))
+    ready = ops.prepare_activation_topk(bench.device, N, E, k, 2.5)
+    pointers = [x.data.ptr for x in (logits, bias, *out)]
+    stream = cupy.cuda.get_current_stream().ptr
+    ready.launch(pointers, stream)
+
+    # The driver's own share: the same configuration and buffer, nothing around the call.
+    params = Parameters(ready.kernel.info)
+    params.buffer[:] = ready._params.buffer
+    config = bench.device._config(ready.geometry, stream)
+    handle, slots, enqueue = ready.kernel.loaded.handle, params.slots_address, driver.cuLaunchKernelEx
+
+    import cuda.core as core
+
+    Device = core.Device
+    ObjectCode, LaunchConfig, launch = core.ObjectCode, core.LaunchConfig, core.launch
+    gpu = Device(bench.device.index)
+    gpu.set_current()
+    name = ready.kernel.name
+    artifact = compile(ops.ACTIVATION_TOPK, bench.device.arch, (name,))
+    kernel = ObjectCode.from_cubin(artifact.cubin).get_kernel(artifact.kernels[name].lowered)
+    core_stream = gpu.create_stream(cupy.cuda.get_current_stream())
+    core_config = LaunchConfig(grid=ready.geometry.grid, block=ready.geometry.block)
+    scalars = (np.int32(N), np.int32(E), np.int64(E), np.int64(k), np.int64(k), np.float32(2.5))
+
+    arms = {
+        "driver call alone": lambda: enqueue(config, handle, slots, 0),
+        "cuda.core launch": lambda: launch(core_stream, core_config, kernel, *pointers, *scalars),
+        "prepared, frozen": lambda: ready(stream),
+        "prepared, pointers rewritten": lambda: ready.launch(pointers, stream),
+        "operation, CuPy arrays": lambda: dsv4_rt.activation_topk(logits, bias, k, out=out),
+        "operation, CuPy, outputs allocated": lambda: dsv4_rt.activation_topk(logits, bias, k),
+    }
+    try:
+        import torch
+    except ImportError:
+        print("torch is not installed: its arms are left out")
+    else:
+        t_logits, t_bias = torch.from_dlpack(logits), torch.from_dlpack(bias)
+        t_out = tuple(torch.from_dlpack(x) for x in out)
+        arms["operation, torch tensors"] = lambda: dsv4_rt.activation_topk(t_logits, t_bias, k, out=t_out)
+        arms["operation, torch, outputs allocated"] = lambda: dsv4_rt.activation_topk(t_logits, t_bias, k)
+    if isinstance(getattr(launch, "__module__", None), str):
+        bench.facts["cuda_core"] = getattr(core, "__version__", "unknown")
+
+    # All arms in turn, several rounds: a drift of the host's clock falls on all of them.
+    samples = {arm: [] for arm in arms}
+    for _ in range(7):
+        for arm, call in arms.items():
+            samples[arm].append(bench.host_time(call, repeats=3))
+    base = float(np.median(samples["cuda.core launch"]))
+    bench.header("host time of one launch, activation_topk on one token; ratio to cuda.core's launch in this run")
+    print(f"{'':38}{'us':>8}{'ratio':>8}")
+    rows = []
+    for arm, values in samples.items():
+        us = float(np.median(values))
+        rows.append({"bench": "launch", "arm": arm, "us": round(us, 3), "ratio": round(us / base, 3)})
+        print(f"{arm:38}{us:8.2f}{us / base:7.2f}x")
+    if options.out:
+        write_out(options.out, bench.facts, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""Latency of the router kernels against a byte floor, a torch composition and a plain Triton kernel.
+
+    python bench/router.py [--quick] [--out FILE] [--plot FILE] [--readme]
+
+Every timed result is checked against the float64 oracle; the error column is the largest relative weight error found.
+"""
+
+import cupy
+import numpy as np
+from harness import Bench, arguments, plot, write_out, write_readme
+
+import dsv4_rt
+from dsv4_rt.router import reference
+
+K = 6
+CACHE_SPREAD = 150 * 2**20  # bytes of inputs a cold graph walks over: well past the L2
+TOKENS = (1, 8, 64, 512, 2048, 8192, 16384)
+
+
+def copies_and_launches(nbytes, N):
+    """How many sets of inputs, and launches a graph: as many launches as sets, or sets that together pass the L2."""
+    launches = 40 if N <= 512 else 20
+    return min(launches, max(8, -(-CACHE_SPREAD // max(nbytes, 1)))), launches
+
+
+def activation_topk(bench, E, N, pdl=False):
+    """One row of the table, and the callables that made it."""
+    rng = np.random.default_rng()
+    scale = 1.5 if E == 256 else 2.5
+    nbytes = 4 * N * E + 4 * E + 8 * N * K
+    copies, launches = copies_and_launches(nbytes, N)
+    sets = []
+    for _ in range(copies):
+        logits = 2 * cupy.random.standard_normal((N, E), dtype=cupy.float32)
+        bias = (8.08 + 0.01 * cupy.random.standard_normal(E)).astype(cupy.float32)
+        out = (cupy.full((N, K), cupy.nan, cupy.float32), cupy.full((N, K), -7, cupy.int32))
+        sets.append((logits, bias, out))
+
+    def launch(i, stream=None):
+        logits, bias, out = sets[i % copies]
+        dsv4_rt.activation_topk(logits, bias, K, scale, out=out, stream=stream, pdl=pdl)
+
+    timed = bench.device_time([lambda s, i=i: launch(i, s) for i in range(launches)])
+    warm = bench.device_time([lambda s: launch(0, s)] * launches, cold=False)
+    host = bench.host_time(lambda: launch(0))
+    logits, bias, out = sets[int(rng.integers(copies))]
+    agreement = reference.check_activation_topk(out[0].get(), out[1].get(), logits.get(), bias.get(), K, scale)
+    baselines = {} if pdl else {name: f(bench, sets, launches, scale) for name, f in BASELINES.items()}
+    return {
+        "case": f"activation_topk E={E}" + (" pdl" if pdl else ""),
+        "N": N,
+        **timing(bench, timed, nbytes),
+        "warm_us": round(warm[0], 3),
+        "host_us": round(host, 2),
+        "error": agreement.max_weight_error,
+        "reordered": agreement.rows_reordered,
+        **baselines,
+    }
+
+
+def timing(bench, timed, nbytes):
+    median, low, high = timed
+    floor = nbytes / bench.roof * 1e-6
+    return {
+        "us": round(median, 3),
+        "p10": round(low, 3),
+        "p90": round(high, 3),
+        "MB": round(nbytes / 1e6, 3),
+        "GBps": round(nbytes / median * 1e-3, 1),
+        "floor_us": round(floor, 3),
+        "of_roof": round(floor / median, 3),
+    }
+
+
+def torch_chain(bench, sets, launches, scale):
+    """softplus, sqrt, add, topk, gather, sum, divide, scale: what a model file writes."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    inputs = [(torch.from_dlpack(x), torch.from_dlpack(b)) for x, b, _ in sets]
+
+    def chain(i, stream):
+        logits, bias = inputs[i % len(inputs)]
+        with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
+            act = torch.nn.functional.softplus(logits).sqrt()
+            ids = (act + bias).topk(K, dim=-1).indices
+            weights = act.gather(1, ids)
+            return weights / weights.sum(-1, keepdim=True) * scale, ids.int()
+
+    return captured_by_torch(bench, chain, min(launches, 8))
+
+
+def captured_by_torch(bench, call, launches):
+    """Time torch work: its allocator wants torch's own capture. Same sweep, same events."""
+    import torch
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for i in range(3):
+            call(i, stream.cuda_stream)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for i in range(launches):
+                call(i, torch.cuda.current_stream().cuda_stream)
+        samples = []
+        for _ in range(9):
+            bench.sweep(stream.cuda_stream)
+            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            before.record(stream)
+            graph.replay()
+            after.record(stream)
+            after.synchronize()
+            samples.append(before.elapsed_time(after) * 1e3 / launches)
+    return round(float(np.median(samples[2:])), 3)
+
+
+def triton_kernel(bench, sets, launches, scale):
+    """One program a row: k rounds of max and lowest index over the padded row."""
+    try:
+        import torch
+        from baselines import router_top_k
+    except ImportError:
+        return None
+    inputs = [tuple(torch.from_dlpack(a) for a in (x, b, *out)) for x, b, out in sets]
+
+    def call(i, stream):
+        with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
+            router_top_k(*inputs[i % len(inputs)], scale)
+
+    return captured_by_torch(bench, call, launches)
+
+
+BASELINES = {"torch_us": torch_chain, "triton_us": triton_kernel}
+
+
+def topk_select(bench, E, N, dtype):
+    nbytes = N * E * np.dtype(dtype).itemsize + N * K * (4 + np.dtype(dtype).itemsize)
+    copies, launches = copies_and_launches(nbytes, N)
+    sets = []
+    for _ in range(copies):
+        scores = cupy.random.standard_normal((N, E), dtype=cupy.float32).astype(dtype)
+        sets.append((scores, (cupy.empty((N, K), dtype), cupy.empty((N, K), cupy.int32))))
+
+    def launch(i, stream=None):
+        scores, out = sets[i % copies]
+        dsv4_rt.topk_select(scores, K, out=out, stream=stream)
+
+    timed = bench.device_time([lambda s, i=i: launch(i, s) for i in range(launches)])
+    scores, out = sets[-1]
+    values, ids = reference.topk_select(scores.get(), K)
+    wrong = int((out[1].get() != ids).any(axis=1).sum() + (out[0].get() != values).any(axis=1).sum())
+    host = bench.host_time(lambda: launch(0))
+    name = f"topk_select {'f32' if np.dtype(dtype) == np.float32 else 'bf16'} E={E}"
+    return {"case": name, "N": N, **timing(bench, timed, nbytes), "host_us": round(host, 2), "error": wrong}
+
+
+def hash_router(bench, N):
+    V = 129_280
+    nbytes = N * (4 + 4 * K) + 8 * N * K
+    _, launches = copies_and_launches(nbytes, N)
+    sets = []
+    for _ in range(launches):
+        tokens = cupy.random.randint(0, V, N, dtype=cupy.int32)
+        table = cupy.random.randint(0, 256, (V, K), dtype=cupy.int32)
+        sets.append((tokens, table, (cupy.empty((N, K), cupy.float32), cupy.empty((N, K), cupy.int32))))
+
+    def launch(i, stream=None):
+        tokens, table, out = sets[i]
+        dsv4_rt.hash_router(tokens, table, out=out, stream=stream)
+
+    timed = bench.device_time([lambda s, i=i: launch(i, s) for i in range(launches)])
+    tokens, table, out = sets[-1]
+    wrong = int((out[1].get() != reference.hash_router(tokens.get(), table.get())[1]).any(axis=1).sum())
+    host = bench.host_time(lambda: launch(0))
+    return {
+        "case": f"hash_router V={V}",
+        "N": N,
+        **timing(bench, timed, nbytes),
+        "host_us": round(host, 2),
+        "error": wrong,
+    }
+
+
+def show(rows):
+    print(f"{'':26}{'N':>7}{'us':>8}{'p10 .. p90':>16}{'MB':>8}{'GB/s':>7}{'of roof':>9}", end="")
+    print(f"{'vs torch':>10}{'vs Triton':>11}{'host us':>9}{'error':>10}")
+    previous = None
+    for row in rows:
+        ratio = {name: f"{row[name] / row['us']:.1f}x" if row.get(name) else "" for name in BASELINES}
+        error = f"{row['error']:.1e}" if isinstance(row["error"], float) else str(row["error"])
+        share = f"{100 * row['of_roof']:.0f} %" if row["of_roof"] > 0.2 else "launch"
+        case = row["case"] if row["case"] != previous else ""
+        previous = row["case"]
+        print(
+            f"{case:26}{row['N']:7}{row['us']:8.2f}{row['p10']:8.2f} ..{row['p90']:6.2f}{row['MB']:8.2f}"
+            f"{row['GBps']:7.0f}{share:>9}{ratio['torch_us']:>10}{ratio['triton_us']:>11}"
+            f"{row['host_us']:9.2f}{error:>10}"
+        )
+
+
+def readme_table(bench, rows):
+    f = bench.facts
+    lines = [
+        "| kernel | tokens | us | byte floor, us | share of read roof | against torch ops | against plain Triton |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        torch_us, triton_us = (f"{row[n] / row['us']:.1f}x" if row.get(n) else "" for n in BASELINES)
+        lines.append(
+            f"| `{row['case']}` | {row['N']} | {row['us']:.2f} | {row['floor_us']:.2f} | {100 * row['of_roof']:.0f} % "
+            f"| {torch_us} | {triton_us} |"
+        )
+    lines += [
+        "",
+        f"{f['gpu']} (`{f['arch']}`), driver {f['driver']}, {f['compiler']}, commit {f['commit']}, {f['date']}, clocks "
+        "not locked. Device time by CUDA-graph replay, cold (L2 evicted, own inputs per launch), medians; an empty node "
+        f"takes {bench.empty_us:.2f} us, the read roof is {bench.roof:.2f} TB/s in the same run. k = {K}. Written by "
+        "`python bench/router.py --readme`.",
+    ]
+    return "\n".join(lines)
+
+
+def main():
+    parser = arguments(__doc__)
+    parser.add_argument("--quick", action="store_true", help="activation_topk only, without baselines")
+    options = parser.parse_args()
+    bench = Bench("bench/router.py")
+    if options.quick:
+        BASELINES.clear()
+    rows = [activation_topk(bench, E, N) for E in (256, 384) for N in TOKENS]
+    rows += [activation_topk(bench, E, N, pdl=True) for E in (256, 384) for N in (1, 64, 512)]
+    if not options.quick:
+        rows += [topk_select(bench, 256, N, np.float32) for N in (1, 512, 16384)]
+        rows += [topk_select(bench, 4096, N, np.float32) for N in (1, 512)]
+        rows += [hash_router(bench, N) for N in (1, 512, 16384)]
+    bench.header(f"router kernels, k = {K}; activation_topk: f32 [N, E] -> f32 [N, {K}] + i32 [N, {K}]")
+    show(rows)
+    if options.out:
+        write_out(options.out, bench.facts, [{"bench": "router", **row} for row in rows])
+    if options.plot:
+        plot(options.plot, rows, bench)
+    if options.readme:
+        write_readme("router", readme_table(bench, rows))
+
+
+if __name__ == "__main__":
+    main()
