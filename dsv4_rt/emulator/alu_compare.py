@@ -48,7 +48,7 @@ def compare(op: str, ty: str, a: Array, b: Array, *, ftz: bool = False) -> Array
         table, dtype = _INTEGER, VALUE[ty]
         if op not in table:
             raise unsupported(f"comparison of {ty}", op)
-        return table[op](a.view(dtype), b.view(dtype))  # type: ignore[no-any-return]
+        return table[op](a.view(dtype), b.view(dtype))
     if op not in _ORDERED:
         raise unsupported(f"comparison of {ty}", op)
     if ty in ("f16x2", "bf16x2"):
@@ -56,9 +56,9 @@ def compare(op: str, ty: str, a: Array, b: Array, *, ftz: bool = False) -> Array
     if ftz:
         a, b = flush(ty, a), flush(ty, b)
     if ty == "bf16":
-        return _ORDERED[op](to_f32(ty, a), to_f32(ty, b))  # type: ignore[no-any-return]
+        return _ORDERED[op](to_f32(ty, a), to_f32(ty, b))
     dtype = {"f16": F16, "f32": F32, "f64": F64}[ty]
-    return _ORDERED[op](a.view(dtype), b.view(dtype))  # type: ignore[no-any-return]
+    return _ORDERED[op](a.view(dtype), b.view(dtype))
 
 
 def minimum(ty: str, a: Array, b: Array, *, ftz: bool = False, nan: bool = False, xorsign_abs: bool = False) -> Array:

@@ -31,6 +31,8 @@ def _step(r: Array, e: Array, rnd: str) -> Array:
     """Bits of the directed rounding of r + e, where r is its nearest value and e of the right sign (0 if exact)."""
     bits: Array = r.view(U64)
     positive = bits < _SIGN
+    down: Array | bool
+    up: Array | bool
     if rnd == "rz":
         down, up = positive & (e < 0), ~positive & (e > 0)
     elif rnd == "rm":

@@ -47,7 +47,7 @@ def resize(ty: str, a: Array, dtype: Any) -> Array:
     if bits and a.dtype.itemsize * 8 != bits:
         a = a.astype(_UNSIGNED[bits])
     if signed:
-        return a.view(VALUE[ty]).astype(_SIGNED[np.dtype(dtype).itemsize * 8]).view(dtype)  # type: ignore[no-any-return]
+        return a.view(VALUE[ty]).astype(_SIGNED[np.dtype(dtype).itemsize * 8]).view(dtype)
     return a.astype(dtype)
 
 

@@ -1,0 +1,7 @@
+"""A functional PTX emulator: runs what NVRTC emits, on NumPy, with checks a GPU has not. See README.md beside this."""
+
+from dsv4_rt.emulator.machine import Entry, Machine, Module
+from dsv4_rt.emulator.memory import Memory
+from dsv4_rt.emulator.report import LaunchReport
+
+__all__ = ["Entry", "LaunchReport", "Machine", "Memory", "Module"]

@@ -1,0 +1,374 @@
+"""The machine: modules, launches, and the program each entry becomes.
+
+A launch runs in batches of whole CTAs, a few thousand lanes each (see `batch.py`). A batch in which every thread waits
+for memory that only other CTAs can write is set aside while the next batch runs; only when no batch can go on and no
+CTA is left to start is it a deadlock.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsv4_rt.emulator import isa_arith, isa_memory  # noqa: F401  they register the instructions
+from dsv4_rt.emulator.batch import PATIENCE, Batch, Grid
+from dsv4_rt.emulator.codegen import Code, Layout, chain, compile_block, new_namespace, translate_block
+from dsv4_rt.emulator.ir import Address, Block, Function, Instr, Sym, Var, build_blocks, liveness, maybe_unset, members
+from dsv4_rt.emulator.memory import SHARED_FIRST, Memory
+from dsv4_rt.emulator.ptx import Ptx, parse
+from dsv4_rt.emulator.report import LaunchReport, where
+from dsv4_rt.errors import Deadlock, EmulatorError, LaunchError, UnsupportedInstruction
+
+LANES_PER_BATCH = 8192  # 4.1 and 4.3 of the measurements: more falls out of cache, fewer pays for dispatch
+ORDERS = ("min-pc", "random", "reverse")
+STACK = 16384  # bytes of local memory a thread has for the frames of the functions it calls
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A kernel of a module. `params` are (offset, size) in the parameter buffer."""
+
+    name: str
+    params: tuple[tuple[int, int], ...]
+    param_bytes: int
+    max_threads: int | None = None
+    required_threads: tuple[int, int, int] | None = None
+
+
+@dataclass
+class Program:
+    """An entry with every function it may call: blocks, layouts and the code compiled so far."""
+
+    ptx: Ptx
+    entry: Function
+    blocks: list[Block]
+    first: dict[str, int]  # function -> its first block
+    layouts: dict[str, Layout]
+    registers: dict[str, list[tuple[int, int]]]  # function -> (slot, bits) of registers and their shadows
+    shared_bytes: int
+    local_bytes: int
+    namespace: dict[str, Any] = field(default_factory=new_namespace)
+    codes: dict[tuple[int, bool, bool], Code] = field(default_factory=dict)
+
+    def code(self, block: int, full: bool, dense: bool) -> Code:
+        """The compiled variant of a block, made on first use."""
+        found = self.codes.get((block, full, dense))
+        if found is None:
+            head = self.blocks[block]
+            name = head.function.name
+            first = self.first[name]
+            parts = chain(self.blocks[first:], head, first) if dense else [head]
+            found = compile_block(parts, self.layouts[name], full, dense, self.namespace)
+            self.codes[block, full, dense] = found
+        return found
+
+
+class Module:
+    """Loaded PTX: entries by name, and its global and constant variables in the machine's memory."""
+
+    def __init__(self, ptx: Ptx, name: str, memory: Memory, roots: Sequence[Path]) -> None:
+        self.ptx, self.name, self.memory, self.roots = ptx, name, memory, roots
+        self.entries: Mapping[str, Entry] = {
+            function.name: _entry(function) for function in ptx.functions.values() if function.entry
+        }
+        self.addresses: dict[int, int] = {}
+        self.globals: dict[str, tuple[int, int]] = {}  # name -> (address, bytes)
+        self.programs: dict[str, Program] = {}
+        for var in ptx.variables.values():
+            self._place(var)
+        for var in ptx.variables.values():
+            self._fill(var)
+
+    def _place(self, var: Var) -> None:
+        if var.space in ("global", "const"):
+            label = f"{'constant' if var.space == 'const' else 'variable'} {var.name}"
+            address = self.memory.alloc(var.size, align=max(var.align, 16), label=label, writable=var.space != "const")
+            self.addresses[id(var)] = address
+            self.globals[var.name] = (address, var.size)
+
+    def _fill(self, var: Var) -> None:
+        if id(var) not in self.addresses or not var.size:
+            return
+        view = self.memory.view(self.addresses[id(var)], var.size)
+        view[:] = 0
+        for offset, size, value in var.initial:
+            if isinstance(value, Sym):
+                target = self.ptx.variables.get(value.name)
+                if target is None or id(target) not in self.addresses:
+                    raise UnsupportedInstruction(f"{var.name}: the address of {value.name} in an initialiser")
+                bits = self.addresses[id(target)] + value.offset
+            else:
+                bits = value.value
+            view[offset : offset + size] = list((bits & (1 << 8 * size) - 1).to_bytes(size, "little"))
+
+    def program(self, name: str) -> Program:
+        """Everything an entry needs, checked: raises UnsupportedInstruction before anything runs."""
+        if name not in self.programs:
+            self.programs[name] = _build(self, name)
+        return self.programs[name]
+
+    def unload(self) -> None:
+        """Free the module's variables."""
+        for address, _ in self.globals.values():
+            self.memory.free(address)
+        self.globals.clear()
+
+
+def _entry(function: Function) -> Entry:
+    offset, params = 0, []
+    for var in function.params:
+        offset = -(-offset // var.align) * var.align
+        var.offset = offset
+        params.append((offset, var.size))
+        offset += var.size
+    required = function.directives.get("reqntid")
+    limit = function.directives.get("maxntid")
+    threads = int(np.prod(limit)) if limit else None
+    padded = (*required, 1, 1)[:3] if required else None
+    return Entry(function.name, tuple(params), offset, threads, padded)  # type: ignore[arg-type]
+
+
+def _build(module: Module, name: str) -> Program:
+    ptx = module.ptx
+    if name not in module.entries:
+        raise EmulatorError(f"{module.name}: no entry {name}; it has {', '.join(sorted(module.entries)) or 'none'}")
+    order = _reachable(module, name)
+    calls = len(order) > 1
+    blocks: list[Block] = []
+    first: dict[str, int] = {}
+    shared = _layout_shared(ptx, order)
+    addresses = {**module.addresses, **shared[0]}
+    layouts: dict[str, Layout] = {}
+    registers: dict[str, list[tuple[int, int]]] = {}
+    for function in order:
+        _layout_frame(function)
+        first[function.name] = len(blocks)
+        mine = build_blocks(function, len(blocks))
+        liveness(mine)
+        layout, slots = _slots(function, mine, addresses)
+        layouts[function.name], registers[function.name] = layout, slots
+        blocks.extend(mine)
+    program = Program(
+        ptx, ptx.functions[name], blocks, first, layouts, registers, shared[1], STACK if calls else 0
+    )
+    _verify(program, module.roots)
+    return program
+
+
+def _reachable(module: Module, name: str) -> list[Function]:
+    """The functions an entry may call, in text order, and the entry last."""
+    ptx, work = module.ptx, [name]
+    seen: set[str] = set()
+    while work:
+        at = work.pop()
+        if at in seen:
+            continue
+        seen.add(at)
+        for ins in ptx.body(at).instrs:
+            if ins.op != "call":
+                continue
+            target = ins.args[0] if ins.args else None
+            if not isinstance(target, Sym) or not ptx.defined(target.name):
+                what = "an indirect call"
+                if isinstance(target, Sym):
+                    what = f"a call of {target.name}, which this module does not define,"
+                place = where(ptx, ins, module.roots)
+                raise UnsupportedInstruction(f"{name}: {what} is not implemented by the emulator{place}")
+            work.append(target.name)
+    order = sorted((ptx.functions[each] for each in seen if each != name), key=lambda f: f.line)
+    return [*order, ptx.functions[name]]
+
+
+def _layout_shared(ptx: Ptx, functions: Sequence[Function]) -> tuple[dict[int, int], int]:
+    """Addresses of shared variables, and the bytes before the dynamic part, which starts at its own alignment."""
+    used = {a.var for f in functions for ins in f.instrs for a in _symbols(ins) if a.var is not None}
+    listed = [v for v in ptx.variables.values() if v.space == "shared" and v in used]
+    listed += [v for f in functions for v in f.variables if v.space == "shared"]
+    at, found = SHARED_FIRST, {}
+    for var in listed:
+        if var.size:
+            at = -(-at // var.align) * var.align
+            found[id(var)] = at
+            at += var.size
+    dynamic = [v for v in listed if not v.size]
+    align = max((v.align for v in dynamic), default=1)
+    end = -(-at // align) * align
+    for var in dynamic:
+        found[id(var)] = end
+    return found, (end if dynamic else at) - SHARED_FIRST
+
+
+def _symbols(ins: Instr) -> list[Sym]:
+    found = [a for a in ins.args if isinstance(a, Sym)]
+    bases = [a.base for a in ins.args if isinstance(a, Address)]
+    return [*found, *(base for base in bases if isinstance(base, Sym))]
+
+
+def _layout_frame(function: Function) -> None:
+    at = 0
+    mine = [v for v in function.variables if v.space in ("local", "param")]
+    for var in mine if function.entry else [*function.params, *function.returns, *mine]:
+        at = -(-at // var.align) * var.align
+        var.offset = at
+        at += var.size
+    function.frame_size = -(-at // 16) * 16
+
+
+def _slots(function: Function, blocks: list[Block], addresses: dict[int, int]) -> tuple[Layout, list[tuple[int, int]]]:
+    crossing = 0
+    for block in blocks:
+        crossing |= block.live_in | block.live_out
+    unset = maybe_unset(blocks)
+    layout = Layout(addresses=addresses, unset=set(members(function, unset)))
+    slots: list[tuple[int, int]] = []
+    for reg in members(function, crossing):
+        layout.slots[reg] = len(slots)
+        slots.append((len(slots), reg.bits))
+    for reg in members(function, crossing & unset):
+        layout.shadows[reg] = len(slots)
+        slots.append((len(slots), 1))
+    return layout, slots
+
+
+def _verify(program: Program, roots: Sequence[Path]) -> None:
+    """Translate every block once, so that whatever is not implemented is refused before the launch."""
+    for block in program.blocks:
+        try:
+            translate_block([block], program.layouts[block.function.name], False, False, program.namespace)
+        except UnsupportedInstruction as error:
+            ins = getattr(error, "ins", None)
+            message = f"{program.entry.name}: {error}{where(program.ptx, ins, roots)}"
+            raise UnsupportedInstruction(message) from None
+
+
+class Machine:
+    """An emulated GPU.
+
+    Args:
+        arch: the architecture to be; modules for another are accepted, since PTX says what it needs.
+        order: which threads run first: "min-pc" (lowest program point, the fastest), "random" (seeded), "reverse"
+            (highest program point and last warp first). A right kernel gives the same result under all.
+        seed: for order="random".
+        source_roots: folders in which the CUDA files named by line information are looked up for error messages.
+    """
+
+    def __init__(
+        self, arch: str = "sm_100a", *, order: str = "min-pc", seed: int = 0, source_roots: Sequence[str | Path] = ()
+    ) -> None:
+        if order not in ORDERS:
+            raise EmulatorError(f"Machine: order {order!r} is none of {', '.join(ORDERS)}")
+        self.arch, self.order, self.seed = arch, order, seed
+        self.source_roots = tuple(Path(root) for root in source_roots)
+        self.memory = Memory()
+        self._random = random.Random(seed)
+
+    def load(self, ptx: str, name: str) -> Module:
+        """Load a module; `name` stands in messages. Functions are parsed when first launched."""
+        return Module(parse(ptx), name, self.memory, self.source_roots)
+
+    def launch(
+        self,
+        module: Module,
+        entry: str,
+        grid: Sequence[int] | int,
+        block: Sequence[int] | int,
+        params: bytes,
+        *,
+        dynamic_shared: int = 0,
+        cluster: Sequence[int] = (1, 1, 1),
+        cooperative: bool = False,
+    ) -> LaunchReport:
+        """Run a kernel to its end.
+
+        Args:
+            module, entry: which kernel.
+            grid, block: CTAs and threads, up to three sizes.
+            params: the parameter buffer as the cubin lays it out; pointers are real addresses.
+            dynamic_shared: bytes of dynamic shared memory a CTA.
+            cluster: only (1, 1, 1).
+            cooperative: run all CTAs at once.
+
+        Raises:
+            LaunchError: the geometry or the parameters do not fit the kernel.
+            UnsupportedInstruction: the kernel uses what the emulator does not implement; nothing has run.
+            KernelFault, Deadlock: the kernel is wrong; memory keeps what it wrote so far.
+        """
+        program = module.program(entry)
+        shape = Grid(_three(grid), _three(block), dynamic_shared)
+        self._check(module.entries[entry], shape, params, tuple(cluster))
+        report = LaunchReport(entry, shape.ctas, shape.ctas * shape.threads)
+        size = module.entries[entry].param_bytes
+        address = self.memory.alloc(max(size, 1), align=128, label=f"parameters of {entry}", writable=False)
+        self.memory.view(address, max(size, 1))[:size] = np.frombuffer(params, np.uint8)[:size]
+        try:
+            with np.errstate(all="ignore"):
+                self._run(program, shape, params, address, report, cooperative)
+        finally:
+            self.memory.free(address)
+        return report
+
+    def _check(self, entry: Entry, shape: Grid, params: bytes, cluster: tuple[int, ...]) -> None:
+        if len(params) < entry.param_bytes:
+            raise LaunchError(f"{entry.name}: {len(params)} bytes of parameters; the kernel takes {entry.param_bytes}")
+        if cluster != (1, 1, 1):
+            raise UnsupportedInstruction(f"{entry.name}: clusters are not implemented by the emulator: {cluster}")
+        if min(*shape.grid, *shape.block) < 1 or shape.threads > 1024:
+            raise LaunchError(f"{entry.name}: grid {shape.grid} and block {shape.block} cannot be launched")
+        if entry.max_threads is not None and shape.threads > entry.max_threads:
+            raise LaunchError(f"{entry.name}: block of {shape.threads} threads; the kernel allows {entry.max_threads}")
+        if entry.required_threads is not None and shape.block != entry.required_threads:
+            raise LaunchError(f"{entry.name}: block {shape.block}; the kernel requires {entry.required_threads}")
+
+    def _run(
+        self, program: Program, shape: Grid, params: bytes, address: int, report: LaunchReport, cooperative: bool
+    ) -> None:
+        per_batch = shape.ctas if cooperative else max(1, LANES_PER_BATCH // shape.lanes)
+        starts = list(range(0, shape.ctas, per_batch))
+        if self.order == "reverse":
+            starts.reverse()
+        waiting: list[tuple[Batch, int]] = []  # batches that gave up, and the memory version at which they did
+        while starts or waiting:
+            turn = next((i for i, (_, version) in enumerate(waiting) if version != self.memory.version), None)
+            if turn is not None:
+                batch, _ = waiting.pop(turn)
+            elif starts:
+                first = starts.pop(0)
+                count = min(per_batch, shape.ctas - first)
+                batch = Batch(self, program, shape, first, count, params, address, report)
+            else:
+                waiting = self._last_chance(program, [batch for batch, _ in waiting])
+                continue
+            if not batch.run(PATIENCE // 50):
+                waiting.append((batch, self.memory.version))
+
+    def _last_chance(self, program: Program, waiting: list[Batch]) -> list[tuple[Batch, int]]:
+        """Only polling threads are left. Loops with a bound may still end; otherwise it is a deadlock."""
+        before = self.memory.version
+        left = [batch for batch in waiting if not batch.run(PATIENCE)]
+        if len(left) == len(waiting) and self.memory.version == before:
+            lines = [line for batch in left for line in batch.describe_waiting()]
+            raise Deadlock(f"{program.entry.name}: no thread can go on\n" + "\n".join(lines))
+        return [(batch, before) for batch in left]
+
+    def pick(self, keys: list[tuple[int, int]]) -> tuple[int, int]:
+        """The group to run next: (-call depth, block)."""
+        if self.order == "min-pc":
+            return min(keys)
+        if self.order == "reverse":
+            return max(keys)
+        return self._random.choice(keys)
+
+
+def _three(size: Sequence[int] | int) -> tuple[int, int, int]:
+    sizes = (size,) if isinstance(size, int) else tuple(int(s) for s in size)
+    if not 1 <= len(sizes) <= 3:
+        raise LaunchError(f"a grid or block has one to three sizes, not {len(sizes)}")
+    x, y, z = (*sizes, 1, 1)[:3]
+    return x, y, z
+
+
