@@ -31,7 +31,7 @@ def main():
 
     # The driver's own share: the same configuration and buffer, nothing around the call.
     params = Parameters(ready.kernel.info)
-    params.buffer[:] = ready._params.buffer
+    params.buffer[:] = ready._params.buffer[:]
     config = bench.device._config(ready.geometry, stream)
     handle, slots, enqueue = ready.kernel.loaded.handle, params.slots_address, driver.cuLaunchKernelEx
 

@@ -215,9 +215,9 @@ def readme_table(bench, rows):
     lines += [
         "",
         f"{f['gpu']} (`{f['arch']}`), driver {f['driver']}, {f['compiler']}, commit {f['commit']}, {f['date']}, clocks "
-        "not locked. Device time by CUDA-graph replay, cold (L2 evicted, own inputs per launch), medians; an empty node "
-        f"takes {bench.empty_us:.2f} us, the read roof is {bench.roof:.2f} TB/s in the same run. k = {K}. Written by "
-        "`python bench/router.py --readme`.",
+        "not locked. Device time by CUDA-graph replay, cold (L2 evicted, own inputs per launch), medians; an empty "
+        f"node takes {bench.empty_us:.2f} us, the read roof is {bench.roof:.2f} TB/s in the same run. k = {K}; `pdl`: "
+        "with programmatic dependent launch. Written by `python bench/router.py --readme`.",
     ]
     return "\n".join(lines)
 

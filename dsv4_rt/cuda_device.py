@@ -193,6 +193,7 @@ class CudaDevice:
         configs: dict[int, Any] = {}  # one config a stream: setting hStream costs more than finding it
         enqueue, handle, slots = cu.cuLaunchKernelEx, kernel.handle, params.slots_address
         ok, remember, entry = self._ok, self._since_sync.append, (kernel.name, geometry)
+        several, sync_each = self._several, self._sync_each
         what = f"{kernel.name}: {geometry}; the kernel uses {kernel.info.registers} registers"
 
         def launch(stream: int) -> None:
@@ -202,18 +203,18 @@ class CudaDevice:
                     configs.clear()
                 config = configs[stream] = self._config(geometry, stream)
             remember(entry)
-            if self._several:
+            if several:
                 with self._current():
                     status = enqueue(config, handle, slots, 0)[0]
             else:
                 status = enqueue(config, handle, slots, 0)[0]
-            if status != ok:
+            if status is not ok and status != ok:
                 if int(status) == 201 and not self._killed:  # a new thread: no context is current in it yet
                     self._call(cu.cuCtxSetCurrent(self._context))
                     status = enqueue(config, handle, slots, 0)[0]
                 if status != ok:
                     self._fail(status, what)
-            if self._sync_each:
+            if sync_each:
                 self.synchronize()
 
         return launch

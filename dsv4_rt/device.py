@@ -65,9 +65,8 @@ class Parameters:
 
     def __init__(self, info: KernelInfo) -> None:
         self.size = max((p.offset + p.size for p in info.params), default=0)
-        storage = np.zeros(self.size // 8 + 1, np.uint64)
-        self.words = storage.data  # a pointer is written by `words[offset >> 3] = address`
-        self.buffer = self.words.cast("B")
+        storage = np.zeros(self.size + 1, np.uint8)
+        self.buffer = storage.data
         base = storage.ctypes.data
         self._slots = np.array([base + p.offset for p in info.params] or [0], np.uint64)
         self.slots_address = int(self._slots.ctypes.data)

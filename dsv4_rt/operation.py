@@ -63,14 +63,15 @@ class Plan:
     ready: Prepared | None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Known:
-    """A plan and what the fast path needs beside it."""
+    """A plan, and what the fast path needs beside it."""
 
     plan: Plan
     device: Device
     home: Framework  # of the first array: stream and kind of the results
     apart: tuple[tuple[int, int, int, int], ...]  # (output, other, bytes of output, bytes of other) must not overlap
+    seen: list[int]  # the addresses last found apart
 
 
 class Operation:
@@ -110,10 +111,12 @@ class Operation:
             given = (*inputs, *results)
         else:
             results = out
-            for i, j, size_i, size_j in known.apart:
-                if pointers[i] < pointers[j] + size_j and pointers[j] < pointers[i] + size_i:
-                    present = [n for n, x in zip(self._inputs + self._outputs, given, strict=True) if x is not None]
-                    raise overlap(self.name, present, i, j)
+            if pointers != known.seen:
+                for i, j, size_i, size_j in known.apart:
+                    if pointers[i] < pointers[j] + size_j and pointers[j] < pointers[i] + size_i:
+                        present = [n for n, x in zip(self._inputs + self._outputs, given, strict=True) if x is not None]
+                        raise overlap(self.name, present, i, j)
+                known.seen = pointers
         ready = known.plan.ready
         if ready is not None:
             if known.device.kind == "emulator":
@@ -148,5 +151,5 @@ class Operation:
         if len(self._known) >= MAX_PLANS:
             self._known.clear()
         home = framework(next(x for x in inputs if x is not None))
-        known = self._known[key] = _Known(plan, on, home, apart)
+        known = self._known[key] = _Known(plan, on, home, apart, [])
         return known

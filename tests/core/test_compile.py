@@ -390,12 +390,11 @@ def test_an_error_in_one_thread_is_an_error_in_all(tree):
     assert {type(future.exception()) for future in futures} == {CompileError}
 
 
-def test_it_needs_no_driver_and_loads_the_compiler_late():
+def test_loads_the_compiler_late():
     script = (
         "import sys, dsv4_rt.compile\n"
         "assert 'cuda.bindings.nvrtc' not in sys.modules\n"
         "print(dsv4_rt.compile.compiler_build())\n"
-        "assert 'libcuda.so' not in open('/proc/self/maps').read()\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
