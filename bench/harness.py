@@ -146,7 +146,6 @@ def commit():
 def arguments(doc):
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--out", type=Path, help="append the rows as JSON lines")
-    parser.add_argument("--plot", type=Path, help="draw the rows into a PNG")
     parser.add_argument("--readme", action="store_true", help="write the table into README.md between its markers")
     return parser
 
@@ -163,24 +162,3 @@ def write_readme(marker, text):
     start = whole.index(f"<!-- bench:{marker} -->") + len(f"<!-- bench:{marker} -->")
     end = whole.index("<!-- end -->", start)
     path.write_text(f"{whole[:start]}\n{text.strip()}\n{whole[end:]}")
-
-
-def plot(path, rows, bench):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    for label in dict.fromkeys(row["case"] for row in rows):
-        mine = [row for row in rows if row["case"] == label]
-        axes.loglog([row["N"] for row in mine], [row["us"] for row in mine], "o-", label=label)
-        axes.loglog(
-            [row["N"] for row in mine], [row["floor_us"] for row in mine], ":", color=axes.lines[-1].get_color()
-        )
-    axes.set_xlabel("N, tokens")
-    axes.set_ylabel("device time, us (dotted: bytes at the read roof)")
-    axes.set_title(f"{bench.machine}, cold")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path)

@@ -1,6 +1,6 @@
 """Host cost of a launch, as ratios to cuda.core's launch of the same kernel in the same run.
 
-    python bench/launch.py [--out FILE]
+    python bench/launch.py [--out FILE] [--readme]
 
 Arms, all of activation_topk on one token (10 arguments): the driver call alone with everything prebuilt; cuda.core's
 launch; a prepared launch, frozen and with every pointer rewritten; the whole operation, for CuPy and torch.
@@ -9,7 +9,7 @@ launch; a prepared launch, frozen and with every pointer rewritten; the whole op
 import cupy
 import numpy as np
 from cuda.bindings import driver
-from harness import Bench, arguments, write_out
+from harness import Bench, arguments, write_out, write_readme
 
 import dsv4_rt
 from dsv4_rt.compile import compile
@@ -65,8 +65,7 @@ def main():
         t_out = tuple(torch.from_dlpack(x) for x in out)
         arms["operation, torch tensors"] = lambda: dsv4_rt.activation_topk(t_logits, t_bias, k, out=t_out)
         arms["operation, torch, outputs allocated"] = lambda: dsv4_rt.activation_topk(t_logits, t_bias, k)
-    if isinstance(getattr(launch, "__module__", None), str):
-        bench.facts["cuda_core"] = getattr(core, "__version__", "unknown")
+    bench.facts["cuda_core"] = core.__version__
 
     # All arms in turn, several rounds: a drift of the host's clock falls on all of them.
     samples = {arm: [] for arm in arms}
@@ -83,6 +82,16 @@ def main():
         print(f"{arm:38}{us:8.2f}{us / base:7.2f}x")
     if options.out:
         write_out(options.out, bench.facts, rows)
+    if options.readme:
+        f = bench.facts
+        lines = ["| call | us | against cuda.core |", "|---|---|---|"]
+        lines += [f"| {row['arm']} | {row['us']:.2f} | {row['ratio']:.2f}x |" for row in rows]
+        lines += [
+            "",
+            f"Host of the {f['gpu']} above, Python {f['python']}, cuda.core {f['cuda_core']}, CuPy {f['cupy']}, commit "
+            f"{f['commit']}, {f['date']}; medians of 7 interleaved rounds. Written by `python bench/launch.py --readme`.",
+        ]
+        write_readme("launch", "\n".join(lines))
 
 
 if __name__ == "__main__":

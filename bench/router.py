@@ -5,9 +5,11 @@
 Every timed result is checked against the float64 oracle; the error column is the largest relative weight error found.
 """
 
+from pathlib import Path
+
 import cupy
 import numpy as np
-from harness import Bench, arguments, plot, write_out, write_readme
+from harness import Bench, arguments, write_out, write_readme
 
 import dsv4_rt
 from dsv4_rt.router import reference
@@ -15,6 +17,7 @@ from dsv4_rt.router import reference
 K = 6
 CACHE_SPREAD = 150 * 2**20  # bytes of inputs a cold graph walks over: well past the L2
 TOKENS = (1, 8, 64, 512, 2048, 8192, 16384)
+README_TOKENS = (1, 64, 512, 8192, 16384)
 
 
 def copies_and_launches(nbytes, N):
@@ -206,7 +209,7 @@ def readme_table(bench, rows):
         "| kernel | tokens | us | byte floor, us | share of read roof | against torch ops | against plain Triton |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    for row in (row for row in rows if row["N"] in README_TOKENS):
         torch_us, triton_us = (f"{row[n] / row['us']:.1f}x" if row.get(n) else "" for n in BASELINES)
         lines.append(
             f"| `{row['case']}` | {row['N']} | {row['us']:.2f} | {row['floor_us']:.2f} | {100 * row['of_roof']:.0f} % "
@@ -222,8 +225,30 @@ def readme_table(bench, rows):
     return "\n".join(lines)
 
 
+def plot(path, rows, bench):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for label in dict.fromkeys(row["case"] for row in rows):
+        mine = [row for row in rows if row["case"] == label]
+        axes.loglog([row["N"] for row in mine], [row["us"] for row in mine], "o-", label=label)
+        axes.loglog(
+            [row["N"] for row in mine], [row["floor_us"] for row in mine], ":", color=axes.lines[-1].get_color()
+        )
+    axes.set_xlabel("N, tokens")
+    axes.set_ylabel("device time, us (dotted: bytes at the read roof)")
+    axes.set_title(f"{bench.machine}, cold")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
 def main():
     parser = arguments(__doc__)
+    parser.add_argument("--plot", type=Path, help="draw the rows into a PNG")
     parser.add_argument("--quick", action="store_true", help="activation_topk only, without baselines")
     options = parser.parse_args()
     bench = Bench("bench/router.py")

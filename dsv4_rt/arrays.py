@@ -121,6 +121,7 @@ class _CuPy(_Own):
         self._empty = cupy.empty
         self._device = cupy.cuda.Device
         self._current = cupy.cuda.get_current_stream
+        self._several = cupy.cuda.is_available() and cupy.cuda.runtime.getDeviceCount() > 1
 
     def facts(self, x: Any) -> tuple[int, Hashable]:
         data = x.data
@@ -132,6 +133,8 @@ class _CuPy(_Own):
         return View(x.data.ptr, x.shape, strides, _plain(x.dtype), "cuda", x.data.device_id, True)
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: Device) -> Any:
+        if not self._several:
+            return self._empty(shape, dtype)
         with self._device(device.index):
             return self._empty(shape, dtype)
 
@@ -170,7 +173,7 @@ class _Torch(_Own):
         return View(x.data_ptr(), tuple(x.shape), tuple(x.stride()), dtype, kind, max(x.get_device(), 0), True)
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: Device) -> Any:
-        where = f"cuda:{device.index}" if device.kind == "cuda" else "cpu"
+        where = self._torch.device("cuda", device.index) if device.kind == "cuda" else self._torch.device("cpu")
         return self._torch.empty(shape, dtype=self._results[dtype], device=where)
 
     def stream(self, index: int) -> int:
@@ -251,8 +254,12 @@ def _ordinal(ptr: int) -> int:
 _NUMPY = _NumPy()
 _FRAMEWORKS: dict[type, Framework] = {np.ndarray: _NUMPY}
 
-# type -> its library's `facts`, for types seen before: what an operation looks up on its fast path.
-FACTS: dict[type, Callable[[Any], tuple[int, Hashable]]] = {np.ndarray: _NUMPY.facts}
+# type -> its library's `facts`, for types seen before: what an operation looks up on its fast path. None is an argument
+# left out: it has no pointer.
+FACTS: dict[type, Callable[[Any], tuple[Any, Hashable]]] = {
+    np.ndarray: _NUMPY.facts,
+    type(None): lambda _: (None, None),
+}
 
 
 def framework(x: Any) -> Framework:

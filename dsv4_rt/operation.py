@@ -89,17 +89,12 @@ class Operation:
     ) -> tuple[Any, ...]:
         """Run the operation; returns the outputs, in the first input's kind unless given."""
         given = inputs if out is None else (*inputs, *out)
-        pointers: list[int] = []
-        kinds: list[Any] = [device(), settings, out is None]
-        for x in given:
-            if x is not None:
-                read = FACTS.get(type(x)) or framework(x).facts
-                pointer, facts = read(x)
-                pointers.append(pointer)
-                kinds.append(facts)
-            else:
-                kinds.append(None)
-        key = tuple(kinds)
+        try:
+            found = [FACTS[type(x)](x) for x in given]
+        except KeyError:  # a type not seen before
+            found = [(None, None) if x is None else framework(x).facts(x) for x in given]
+        pointers = [pointer for pointer, _ in found if pointer is not None]
+        key: Hashable = (device(), settings, out is None, *[facts for _, facts in found])  # type: ignore[arg-type]
         known = self._known.get(key)
         if known is None:
             known = self._learn(key, inputs, out, settings)

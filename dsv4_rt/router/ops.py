@@ -47,7 +47,7 @@ def hash_router(
 
     Traffic: reads N token ids and N table rows, writes 8 N k B.
     """
-    return _HASH_ROUTER((token_ids, table), out, (bool(pdl),), stream)
+    return _HASH_ROUTER((token_ids, table), out, (pdl,), stream)
 
 
 def topk_select(
@@ -85,7 +85,7 @@ def topk_select(
     """
     if type(k) is not int:
         k = check_range("topk_select", "k", k, 1, MAX_K)
-    return _TOPK_SELECT((scores, lengths), out, (k, bool(pdl)), stream)
+    return _TOPK_SELECT((scores, lengths), out, (k, pdl), stream)
 
 
 def activation_topk(
@@ -130,7 +130,7 @@ def activation_topk(
         top_k = check_range("activation_topk", "top_k", top_k, 1, MAX_K)
     if type(routed_scaling_factor) is not float:
         routed_scaling_factor = check_scale("activation_topk", "routed_scaling_factor", routed_scaling_factor)
-    return _ACTIVATION_TOPK((logits, e_bias), out, (top_k, routed_scaling_factor, bool(pdl)), stream)
+    return _ACTIVATION_TOPK((logits, e_bias), out, (top_k, routed_scaling_factor, pdl), stream)
 
 
 def _rows(out: tuple[Any, ...] | None, i: int, width: int) -> np.int64:
@@ -175,7 +175,7 @@ def _plan_hash_router(call: Call) -> Plan:
             np.int64(V),
             _rows(call.outputs, 0, k),
             _rows(call.outputs, 1, k),
-            pdl=pdl,
+            pdl=bool(pdl),
         )
     return Plan((((N, k), F32), ((N, k), I32)), ready)
 
@@ -229,7 +229,7 @@ def _plan_topk_select(call: Call) -> Plan:
             np.int64(scores.strides[0]),
             _rows(call.outputs, 0, k),
             _rows(call.outputs, 1, k),
-            pdl=pdl,
+            pdl=bool(pdl),
         )
     return Plan((((N, k), scores.dtype), ((N, k), I32)), ready)
 
@@ -317,7 +317,7 @@ def _plan_activation_topk(call: Call) -> Plan:
     if N:
         wide = E % 4 == 0 and logits.strides[0] % 4 == 0 and logits.ptr % 16 == e_bias.ptr % 16 == 0
         strides = (logits.strides[0], int(_rows(call.outputs, 0, k)), int(_rows(call.outputs, 1, k)))
-        ready = prepare_activation_topk(call.device, N, E, k, scale, wide=wide, strides=strides, pdl=pdl)
+        ready = prepare_activation_topk(call.device, N, E, k, scale, wide=wide, strides=strides, pdl=bool(pdl))
     return Plan((((N, k), F32), ((N, k), I32)), ready)
 
 

@@ -271,7 +271,7 @@ def _check_weights(
     a = np.where(missing, 0, np.take_along_axis(act, at, axis=1))
     zero = missing | (np.take_along_axis(logits, at, axis=1) <= ZERO_ACT_LOGIT)
     tiny = a <= TINY_ACT
-    low, high = np.where(tiny, 0, a), np.where(zero, 0, np.maximum(a, MIN_NORMAL))  # what the kernel's act may be
+    low, high = np.where(tiny, 0, a), np.where(zero, 0, np.where(tiny, TINY_ACT, a))  # what the kernel's act may be
     got = weights.astype(np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         # A share act / sum is least when this act is low and the others are high, and the other way round; 0 / 0 is 0.
