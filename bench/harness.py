@@ -147,12 +147,20 @@ def arguments(doc):
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--out", type=Path, help="append the rows as JSON lines")
     parser.add_argument("--readme", action="store_true", help="write the table into README.md between its markers")
+    parser.add_argument("--recorded", type=Path, help="measure nothing: take the rows that --out kept in this file")
     return parser
 
 
 def write_out(path, facts, rows):
     with path.open("a") as file:
-        file.writelines(json.dumps(facts | row) + "\n" for row in rows)
+        file.writelines(json.dumps({"run": facts, **row}) + "\n" for row in rows)
+
+
+def read_out(path):
+    """(facts, rows) of the last run that `write_out` kept in a file."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    facts = lines[-1]["run"]
+    return facts, [line for line in lines if line["run"] == facts]
 
 
 def write_readme(marker, text):

@@ -1,15 +1,17 @@
 """Host cost of a launch, as ratios to cuda.core's launch of the same kernel in the same run.
 
-    python bench/launch.py [--out FILE] [--readme]
+    python bench/launch.py [--out FILE] [--readme] [--recorded FILE]
 
 Arms, all of activation_topk on one token (10 arguments): the driver call alone with everything prebuilt; cuda.core's
 launch; a prepared launch, frozen and with every pointer rewritten; the whole operation, for CuPy and torch.
 """
 
+import itertools
+
 import cupy
 import numpy as np
 from cuda.bindings import driver
-from harness import Bench, arguments, write_out, write_readme
+from harness import Bench, arguments, read_out, write_out, write_readme
 
 import dsv4_rt
 from dsv4_rt.compile import compile
@@ -17,13 +19,12 @@ from dsv4_rt.device import Parameters
 from dsv4_rt.router import ops
 
 
-def main():
-    options = arguments(__doc__).parse_args()
-    bench = Bench("launch")
+def measure(bench):
     N, E, k = 1, 256, 6
     logits = cupy.random.standard_normal((N, E), dtype=cupy.float32)
     bias = cupy.random.standard_normal(E, dtype=cupy.float32)
     out = (cupy.empty((N, k), cupy.float32), cupy.empty((N, k), cupy.int32))
+    other = itertools.cycle([out, tuple(cupy.empty_like(x) for x in out)])  # addresses that differ from call to call
     ready = ops.prepare_activation_topk(bench.device, N, E, k, 2.5)
     pointers = [x.data.ptr for x in (logits, bias, *out)]
     stream = cupy.cuda.get_current_stream().ptr
@@ -54,6 +55,7 @@ def main():
         "prepared, frozen": lambda: ready(stream),
         "prepared, pointers rewritten": lambda: ready.launch(pointers, stream),
         "operation, CuPy arrays": lambda: dsv4_rt.activation_topk(logits, bias, k, out=out),
+        "operation, CuPy arrays, new addresses": lambda: dsv4_rt.activation_topk(logits, bias, k, out=next(other)),
         "operation, CuPy, outputs allocated": lambda: dsv4_rt.activation_topk(logits, bias, k),
     }
     try:
@@ -73,25 +75,39 @@ def main():
         for arm, call in arms.items():
             samples[arm].append(bench.host_time(call, repeats=3))
     base = float(np.median(samples["cuda.core launch"]))
-    bench.header("host time of one launch, activation_topk on one token; ratio to cuda.core's launch in this run")
+    return [
+        {"bench": "launch", "arm": arm, "us": round(us, 3), "ratio": round(us / base, 3)}
+        for arm, us in ((arm, float(np.median(values))) for arm, values in samples.items())
+    ]
+
+
+def readme_table(f, rows):
+    lines = ["| call | us | against cuda.core |", "|---|---|---|"]
+    lines += [f"| {row['arm']} | {row['us']:.2f} | {row['ratio']:.2f}x |" for row in rows]
+    lines += [
+        "",
+        f"Host of an {f['gpu']}, Python {f['python']}, cuda.core {f['cuda_core']}, CuPy {f['cupy']}, commit "
+        f"{f['commit']}, {f['date']}; medians of interleaved rounds. Written by `python bench/launch.py --readme`.",
+    ]
+    return "\n".join(lines)
+
+
+def main():
+    options = arguments(__doc__).parse_args()
+    if options.recorded:
+        facts, rows = read_out(options.recorded)
+    else:
+        bench = Bench("bench/launch.py")
+        rows = measure(bench)
+        facts = bench.facts
+        bench.header("host time of one launch, activation_topk on one token; ratio to cuda.core's launch in this run")
     print(f"{'':38}{'us':>8}{'ratio':>8}")
-    rows = []
-    for arm, values in samples.items():
-        us = float(np.median(values))
-        rows.append({"bench": "launch", "arm": arm, "us": round(us, 3), "ratio": round(us / base, 3)})
-        print(f"{arm:38}{us:8.2f}{us / base:7.2f}x")
+    for row in rows:
+        print(f"{row['arm']:38}{row['us']:8.2f}{row['ratio']:7.2f}x")
     if options.out:
-        write_out(options.out, bench.facts, rows)
+        write_out(options.out, facts, rows)
     if options.readme:
-        f = bench.facts
-        lines = ["| call | us | against cuda.core |", "|---|---|---|"]
-        lines += [f"| {row['arm']} | {row['us']:.2f} | {row['ratio']:.2f}x |" for row in rows]
-        lines += [
-            "",
-            f"Host of the {f['gpu']} above, Python {f['python']}, cuda.core {f['cuda_core']}, CuPy {f['cupy']}, commit "
-            f"{f['commit']}, {f['date']}; medians of 7 interleaved rounds. Written by `python bench/launch.py --readme`.",
-        ]
-        write_readme("launch", "\n".join(lines))
+        write_readme("launch", readme_table(facts, rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Latency of the router kernels against a byte floor, a torch composition and a plain Triton kernel.
 
-    python bench/router.py [--quick] [--out FILE] [--plot FILE] [--readme]
+    python bench/router.py [--out FILE] [--plot FILE] [--readme] [--recorded FILE]
 
 Every timed result is checked against the float64 oracle; the error column is the largest relative weight error found.
 """
@@ -9,9 +9,10 @@ from pathlib import Path
 
 import cupy
 import numpy as np
-from harness import Bench, arguments, write_out, write_readme
+from harness import Bench, arguments, read_out, write_out, write_readme
 
 import dsv4_rt
+from dsv4_rt.formats import BF16
 from dsv4_rt.router import reference
 
 K = 6
@@ -203,29 +204,33 @@ def show(rows):
         )
 
 
-def readme_table(bench, rows):
-    f = bench.facts
+def readme_table(facts, rows):
+    f = facts
+    early = {(row["case"], row["N"]): row["us"] for row in rows}
     lines = [
-        "| kernel | tokens | us | byte floor, us | share of read roof | against torch ops | against plain Triton |",
+        "| kernel | tokens | us | us, PDL | byte floor, us | against torch ops | against plain Triton |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in (row for row in rows if row["N"] in README_TOKENS):
-        torch_us, triton_us = (f"{row[n] / row['us']:.1f}x" if row.get(n) else "" for n in BASELINES)
-        lines.append(
-            f"| `{row['case']}` | {row['N']} | {row['us']:.2f} | {row['floor_us']:.2f} | {100 * row['of_roof']:.0f} % "
-            f"| {torch_us} | {triton_us} |"
-        )
+    for row in rows:
+        if row["N"] in README_TOKENS and not row["case"].endswith(" pdl"):
+            torch_us, triton_us = (f"{row[n] / row['us']:.1f}x" if row.get(n) else "" for n in BASELINES)
+            pdl = early.get((row["case"] + " pdl", row["N"]))
+            lines.append(
+                f"| `{row['case']}` | {row['N']} | {row['us']:.2f} | {f'{pdl:.2f}' if pdl else ''} "
+                f"| {row['floor_us']:.2f} | {torch_us} | {triton_us} |"
+            )
     lines += [
         "",
         f"{f['gpu']} (`{f['arch']}`), driver {f['driver']}, {f['compiler']}, commit {f['commit']}, {f['date']}, clocks "
         "not locked. Device time by CUDA-graph replay, cold (L2 evicted, own inputs per launch), medians; an empty "
-        f"node takes {bench.empty_us:.2f} us, the read roof is {bench.roof:.2f} TB/s in the same run. k = {K}; `pdl`: "
-        "with programmatic dependent launch. Written by `python bench/router.py --readme`.",
+        f"node takes {f['empty_node_us']:.2f} us, the read roof is {f['read_roof_TBps']:.2f} TB/s in the same run and "
+        f"gives the byte floor. k = {K}. PDL: with programmatic dependent launch (`pdl=True`); comparisons are "
+        "without. Written by `python bench/router.py --readme`.",
     ]
     return "\n".join(lines)
 
 
-def plot(path, rows, bench):
+def plot(path, facts, rows):
     import matplotlib
 
     matplotlib.use("Agg")
@@ -240,34 +245,39 @@ def plot(path, rows, bench):
         )
     axes.set_xlabel("N, tokens")
     axes.set_ylabel("device time, us (dotted: bytes at the read roof)")
-    axes.set_title(f"{bench.machine}, cold")
+    axes.set_title(f"{facts['gpu']}, cold, k = {K}")
     axes.legend()
     figure.tight_layout()
     figure.savefig(path)
 
 
+def measure(bench):
+    rows = [activation_topk(bench, E, N) for E in (256, 384) for N in TOKENS]
+    rows += [activation_topk(bench, E, N, pdl=True) for E in (256, 384) for N in TOKENS]
+    rows += [topk_select(bench, 256, N, np.float32) for N in (1, 512, 16384)]
+    rows += [topk_select(bench, 256, N, BF16) for N in (1, 512, 16384)]
+    rows += [topk_select(bench, 4096, N, np.float32) for N in (1, 512)]
+    rows += [hash_router(bench, N) for N in (1, 512, 16384)]
+    return [{"bench": "router", **row} for row in rows]
+
+
 def main():
     parser = arguments(__doc__)
     parser.add_argument("--plot", type=Path, help="draw the rows into a PNG")
-    parser.add_argument("--quick", action="store_true", help="activation_topk only, without baselines")
     options = parser.parse_args()
-    bench = Bench("bench/router.py")
-    if options.quick:
-        BASELINES.clear()
-    rows = [activation_topk(bench, E, N) for E in (256, 384) for N in TOKENS]
-    rows += [activation_topk(bench, E, N, pdl=True) for E in (256, 384) for N in (1, 64, 512)]
-    if not options.quick:
-        rows += [topk_select(bench, 256, N, np.float32) for N in (1, 512, 16384)]
-        rows += [topk_select(bench, 4096, N, np.float32) for N in (1, 512)]
-        rows += [hash_router(bench, N) for N in (1, 512, 16384)]
-    bench.header(f"router kernels, k = {K}; activation_topk: f32 [N, E] -> f32 [N, {K}] + i32 [N, {K}]")
+    if options.recorded:
+        facts, rows = read_out(options.recorded)
+    else:
+        bench = Bench("bench/router.py")
+        facts, rows = bench.facts, measure(bench)
+        bench.header(f"router kernels, k = {K}; activation_topk: f32 [N, E] -> f32 [N, {K}] + i32 [N, {K}]")
     show(rows)
     if options.out:
-        write_out(options.out, bench.facts, [{"bench": "router", **row} for row in rows])
+        write_out(options.out, facts, rows)
     if options.plot:
-        plot(options.plot, rows, bench)
+        plot(options.plot, facts, rows)
     if options.readme:
-        write_readme("router", readme_table(bench, rows))
+        write_readme("router", readme_table(facts, rows))
 
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ class _Known:
 
     plan: Plan
     device: Device
+    emulated: bool
     home: Framework  # of the first array: stream and kind of the results
     apart: tuple[tuple[int, int, int, int], ...]  # (output, other, bytes of output, bytes of other) must not overlap
     seen: list[int]  # the addresses last found apart
@@ -114,7 +115,7 @@ class Operation:
                 known.seen = pointers
         ready = known.plan.ready
         if ready is not None:
-            if known.device.kind == "emulator":
+            if known.emulated:
                 ready.launch(pointers, 0, [framework(x).view(x) for x in given if x is not None])
             elif stream is None:
                 ready.launch(pointers, known.home.stream(known.device.index))
@@ -146,5 +147,5 @@ class Operation:
         if len(self._known) >= MAX_PLANS:
             self._known.clear()
         home = framework(next(x for x in inputs if x is not None))
-        known = self._known[key] = _Known(plan, on, home, apart, [])
+        known = self._known[key] = _Known(plan, on, on.kind == "emulator", home, apart, [])
         return known
