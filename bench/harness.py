@@ -63,9 +63,7 @@ class Bench:
     def _reader(self, source, nbytes):
         buffer = cupy.zeros(nbytes // 4, cupy.uint32)
         sink = cupy.zeros(1, cupy.uint32)
-        ready = load(source, "read_all", self.device).prepare(
-            4 * self.device.sm_count, 512, POINTER, POINTER, np.int64(nbytes // 16)
-        )
+        ready = load(source, "read_all", self.device).prepare(nbytes // 16 // 4096, 512, POINTER, POINTER)
         pointers = [buffer.data.ptr, sink.data.ptr]
 
         def read(stream, _keep=(buffer, sink)):

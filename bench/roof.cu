@@ -3,26 +3,24 @@
 //   read_all    reads n 16-byte words and keeps their xor: the read roof, and the sweep that evicts the L2
 //   empty       nothing: the cost of a graph node
 //
-// Work    a persistent grid, each thread 8 independent 16 B loads at a time.
-// Launch  read_all: grid = 4 blocks an SM, block = 512. empty: grid = 1, block = 32.
+// Work    each thread 8 independent 16 B loads, a block 64 KiB side by side. (A persistent grid read 4 % slower on an
+//         H200.)
+// Launch  read_all: grid = n / 4096, block = 512, n a multiple of 4096. empty: grid = 1, block = 32.
 
-extern "C" __global__ void __launch_bounds__(512)
+constexpr int THREADS = 512;
+constexpr int LOADS   = 8;
+
+extern "C" __global__ void __launch_bounds__(THREADS)
 read_all(const uint4* __restrict__ words,    // [n]
-         unsigned* __restrict__ sink,        // [1] written only if the xor is one unlikely value
-         long long n)
+         unsigned* __restrict__ sink)        // [1] written only if the xor is one unlikely value
 {
-    constexpr int UNROLL = 8;
-    const long long threads = (long long)gridDim.x * blockDim.x;
-    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    const long long first = (long long)blockIdx.x * (THREADS * LOADS) + threadIdx.x;
+    uint4 v[LOADS];
+#pragma unroll
+    for (int i = 0; i < LOADS; ++i) v[i] = words[first + i * THREADS];
     unsigned sum = 0;
-    for (; i + (UNROLL - 1) * threads < n; i += UNROLL * threads) {
-        uint4 v[UNROLL];
 #pragma unroll
-        for (int u = 0; u < UNROLL; ++u) v[u] = words[i + u * threads];
-#pragma unroll
-        for (int u = 0; u < UNROLL; ++u) sum ^= v[u].x ^ v[u].y ^ v[u].z ^ v[u].w;
-    }
-    for (; i < n; i += threads) sum ^= words[i].x ^ words[i].y ^ words[i].z ^ words[i].w;
+    for (int i = 0; i < LOADS; ++i) sum ^= v[i].x ^ v[i].y ^ v[i].z ^ v[i].w;
     if (sum == 0x9e3779b9u) *sink = sum;     // keeps the loads
 }
 
