@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dsv4_rt import dlpack
 from dsv4_rt.device import Device, device_of
 from dsv4_rt.errors import ArgumentError
 from dsv4_rt.formats import BF16
@@ -179,24 +180,7 @@ class _Torch(_Own):
     def stream(self, index: int) -> int:
         if self._raw_stream is not None:
             return self._raw_stream(index)
-        return self._torch.cuda.current_stream(index).cuda_stream
-
-
-class _NoSync:
-    """Hands a producer's DLPack capsule on, telling the producer not to synchronise anything."""
-
-    def __init__(self, producer: Any) -> None:
-        self._producer = producer
-
-    def __dlpack__(self, stream: Any = None, **options: Any) -> Any:
-        on_gpu = int(self._producer.__dlpack_device__()[0]) == 2
-        try:
-            return self._producer.__dlpack__(stream=-1 if on_gpu else None, **options)
-        except TypeError:  # a producer older than DLPack 1.0 knows no max_version, dl_device or copy
-            return self._producer.__dlpack__(stream=-1 if on_gpu else None)
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return self._producer.__dlpack_device__()  # type: ignore[no-any-return]
+        return int(self._torch.cuda.current_stream(index).cuda_stream)
 
 
 class _Foreign:
@@ -216,8 +200,8 @@ class _Foreign:
         return result
 
     def facts(self, x: Any) -> tuple[int, Hashable]:
-        view = self.view(x)
-        return view.ptr, (type(x), view.shape, view.strides, view.dtype, view.ptr & 15, view.index, view.writable)
+        v = self.view(x)
+        return v.ptr, (type(x), v.shape, v.strides, v.dtype, v.ptr & 15, v.device, v.index, v.writable)
 
     def view(self, x: Any) -> View:
         interface = getattr(x, "__cuda_array_interface__", None)
@@ -227,14 +211,19 @@ class _Foreign:
             strides = _element_strides(interface.get("strides"), shape, dtype.itemsize, f"{type(x).__name__}:")
             ptr, read_only = interface["data"]
             return View(ptr or 0, shape, strides, _plain(dtype), "cuda", _ordinal(ptr), not read_only)
-        kind, _ = x.__dlpack_device__()
-        if int(kind) == 2:
-            import cupy
-
-            return _CuPy().view(cupy.from_dlpack(_NoSync(x)))
-        if int(kind) in (1, 3):
-            return _NUMPY.view(np.from_dlpack(_NoSync(x)))
-        raise ArgumentError(f"{type(x).__name__} lives on DLPack device type {int(kind)}; host memory and CUDA work")
+        export = dlpack.read(x)
+        if export.kind not in (dlpack.CPU, dlpack.CUDA, dlpack.CUDA_HOST):
+            raise ArgumentError(f"{type(x).__name__}: DLPack device type {export.kind}; host memory and CUDA work")
+        on_gpu = export.kind == dlpack.CUDA
+        return View(
+            export.ptr,
+            export.shape,
+            export.strides,
+            export.dtype,
+            "cuda" if on_gpu else "host",
+            export.index if on_gpu else 0,
+            export.writable,
+        )
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: Device) -> Any:
         return device.empty(shape, dtype)

@@ -131,13 +131,14 @@ def check_range(operation: str, name: str, value: Any, low: int, high: int) -> i
 
 
 def check_scale(operation: str, name: str, value: Any) -> float:
-    """`value` as a finite float, or an ArgumentError."""
+    """`value` as a float that is finite in float32, or an ArgumentError."""
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = float("nan")
-    if not np.isfinite(number):
-        raise ArgumentError(f"{operation}: {name} = {value!r} must be a finite number")
+    with np.errstate(over="ignore"):
+        if not np.isfinite(np.float32(number)):
+            raise ArgumentError(f"{operation}: {name} = {value!r} must be a finite float32")
     return number
 
 
@@ -145,5 +146,5 @@ def overlap(operation: str, names: Iterable[str], i: int, j: int) -> ArgumentErr
     """The error for an output whose memory another argument also uses."""
     listed = list(names)
     return ArgumentError(
-        f"{operation}: output {listed[i]} overlaps {listed[j]} in memory; an output needs memory of its own"
+        f"{operation}: output {listed[i]} overlaps {listed[j]} in memory; an output needs an address range of its own"
     )

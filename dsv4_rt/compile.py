@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from dsv4_rt import cache as disk
 from dsv4_rt import nvrtc
@@ -163,6 +164,7 @@ def compile(
     if isinstance(names, str) or not names or not all(isinstance(name, str) and name.strip() for name in names):
         raise ArgumentError(f"compile: names must be a non-empty sequence of kernel names, got {names!r}")
     tree = kernels_dir()
+    _check_defines(defines or {})
     macros = tuple(sorted(defines.items())) if defines else ()
     request = (str(tree), os.fspath(source), arch, tuple(names), macros)
     if cache is not False and (answer := _answered.get(request)) is not None and unchanged(answer[0]):
@@ -211,10 +213,14 @@ def _load_or_build(
     return _artifact(key, sources, arch, options, names, entry, cached=False)
 
 
-def _options(arch: str, macros: tuple[tuple[str, str | int | None], ...]) -> tuple[str, ...]:
-    for name, value in macros:
-        if not re.fullmatch(r"[A-Za-z_]\w*", name) or not isinstance(value, (str, int, type(None))):
+def _check_defines(defines: Mapping[Any, Any]) -> None:
+    for name, value in defines.items():
+        named = isinstance(name, str) and re.fullmatch(r"[A-Za-z_]\w*", name)
+        if not named or not isinstance(value, (str, int, type(None))):
             raise ArgumentError(f"compile: defines are names with a string, a number or None, got {name!r}: {value!r}")
+
+
+def _options(arch: str, macros: tuple[tuple[str, str | int | None], ...]) -> tuple[str, ...]:
     values = {name: int(value) if isinstance(value, bool) else value for name, value in macros}
     return (
         f"--gpu-architecture={arch}",

@@ -131,10 +131,10 @@ class CudaDevice:
     def attribute(self, which: Any) -> int:
         return int(self._call(self._cu.cuDeviceGetAttribute(which, self._device)))
 
-    def _call(self, result: tuple[Any, ...]) -> Any:
-        """The value of a driver call, or its error."""
+    def _call(self, result: tuple[Any, ...], what: str = "") -> Any:
+        """The value of a driver call, or its error, which says what it was for."""
         if result[0] != self._ok:
-            self._fail(result[0], "")
+            self._fail(result[0], what)
         return result[1] if len(result) == 2 else None
 
     def _fail(self, status: Any, what: str) -> None:
@@ -166,11 +166,11 @@ class CudaDevice:
         with self._lock, self._current():
             library = self._libraries.get(artifact.key)
             if library is None:
-                library = self._call(cu.cuLibraryLoadData(artifact.cubin, [], [], 0, [], [], 0))
+                library = self._call(cu.cuLibraryLoadData(artifact.cubin, [], [], 0, [], [], 0), f"loading {name}")
                 self._libraries[artifact.key] = library
-            handle = self._call(cu.cuLibraryGetKernel(library, info.lowered.encode()))
+            handle = self._call(cu.cuLibraryGetKernel(library, info.lowered.encode()), f"loading {name}")
             # Loads the code now: a first launch inside a stream capture must not.
-            self._call(cu.cuKernelGetFunction(handle))
+            self._call(cu.cuKernelGetFunction(handle), f"loading {name}")
         return LoadedKernel(name, info, handle)
 
     @contextlib.contextmanager
@@ -184,17 +184,20 @@ class CudaDevice:
 
     def bind(self, kernel: LoadedKernel, geometry: Geometry, params: Parameters) -> Callable[[int], None]:
         cu = self._cu
+        what = f"{kernel.name}: {geometry}; the kernel uses {kernel.info.registers} registers"
         if kernel.info.shared_bytes + geometry.shared > 48 * 1024:
+            # The attribute is the kernel's, not this launch's: all there is, or another launch would lose its own.
             which = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            self._call(cu.cuKernelSetAttribute(which, geometry.shared, kernel.handle, self._device))
-        if geometry.cluster and geometry.cluster[0] * geometry.cluster[1] * geometry.cluster[2] > 8:
+            most = self._max_shared - kernel.info.shared_bytes
+            self._call(cu.cuKernelSetAttribute(which, most, kernel.handle, self._device), what)
+        x, y, z = geometry.cluster or kernel.info.cluster or (1, 1, 1)
+        if x * y * z > 8:
             which = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
-            self._call(cu.cuKernelSetAttribute(which, 1, kernel.handle, self._device))
+            self._call(cu.cuKernelSetAttribute(which, 1, kernel.handle, self._device), what)
         configs: dict[int, Any] = {}  # one config a stream: setting hStream costs more than finding it
         enqueue, handle, slots = cu.cuLaunchKernelEx, kernel.handle, params.slots_address
         ok, remember, entry = self._ok, self._since_sync.append, (kernel.name, geometry)
         several, sync_each = self._several, self._sync_each
-        what = f"{kernel.name}: {geometry}; the kernel uses {kernel.info.registers} registers"
 
         def launch(stream: int) -> None:
             config = configs.get(stream)
@@ -202,7 +205,6 @@ class CudaDevice:
                 if len(configs) > 64:
                     configs.clear()
                 config = configs[stream] = self._config(geometry, stream)
-            remember(entry)
             if several:
                 with self._current():
                     status = enqueue(config, handle, slots, 0)[0]
@@ -214,6 +216,7 @@ class CudaDevice:
                     status = enqueue(config, handle, slots, 0)[0]
                 if status != ok:
                     self._fail(status, what)
+            remember(entry)  # only what the driver took: a launch refused for a dead context did not kill it
             if sync_each:
                 self.synchronize()
 
@@ -247,27 +250,36 @@ class CudaDevice:
         config.numAttrs = len(attributes)
         return config
 
-    def empty(self, shape: int | Sequence[int], dtype: Any) -> Any:
+    @contextlib.contextmanager
+    def _cupy(self, what: str) -> Iterator[Any]:
+        """CuPy with this device current; its errors are told as this device's own."""
         import cupy
 
-        with cupy.cuda.Device(self.index):
+        if self._killed:
+            raise DeviceError(self._killed)
+        try:
+            with cupy.cuda.Device(self.index):
+                yield cupy
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            if error.status not in CONTEXT_KILLERS:
+                raise
+            self._fail(self._cu.CUresult(error.status), what)
+
+    def empty(self, shape: int | Sequence[int], dtype: Any) -> Any:
+        with self._cupy("empty") as cupy:
             return cupy.empty(shape, dtype)
 
     def array(self, host: Any) -> Any:
-        import cupy
-
-        with cupy.cuda.Device(self.index):
+        with self._cupy("array") as cupy:
             return cupy.asarray(host)
 
     def numpy(self, array: Any) -> np.ndarray[Any, Any]:
-        import cupy
-
-        return cupy.asnumpy(array)  # type: ignore[no-any-return]
+        with self._cupy("numpy") as cupy:
+            return cupy.asnumpy(array)  # type: ignore[no-any-return]
 
     def current_stream(self) -> int:
-        import cupy
-
-        return int(cupy.cuda.get_current_stream(self.index).ptr)
+        with self._cupy("current_stream") as cupy:
+            return int(cupy.cuda.get_current_stream(self.index).ptr)
 
     def synchronize(self) -> None:
         """Wait for all work of the device; a fault of an earlier kernel surfaces here."""

@@ -67,11 +67,10 @@ class EmulatedDevice:
 
         def launch(stream: int) -> None:
             with self._lock:
-                tokens = [
-                    memory.register(r.address, r.nbytes, label=r.label, writable=r.writable)
-                    for r in params.regions.values()
-                ]
+                tokens = []
                 try:
+                    for r in params.regions.values():
+                        tokens.append(memory.register(r.address, r.nbytes, label=r.label, writable=r.writable))
                     self.last_report = self.machine.launch(
                         kernel.handle,
                         kernel.info.lowered,

@@ -12,6 +12,7 @@ launch, on any machine. A launch goes to the caller's stream, never synchronises
 
 from __future__ import annotations
 
+import operator
 import struct
 import threading
 from collections.abc import Callable, Sequence
@@ -38,7 +39,7 @@ MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_CLUSTER = 16  # blocks; more than 8 is not portable but what H200 and B200 can do
 
 
-def load(source: str, name: str, on: Device | None = None, **defines: str | int) -> Kernel:
+def load(source: str, name: str, on: Device | None = None, **defines: str | int | None) -> Kernel:
     """Compile (or find in the cache) one kernel of a source file and load it on a device.
 
     Args:
@@ -52,7 +53,7 @@ def load(source: str, name: str, on: Device | None = None, **defines: str | int)
         DeviceError: the device cannot run it.
     """
     on = on or device()
-    artifact = compile(source, on.arch, (name,), {k: str(v) for k, v in defines.items()} or None)
+    artifact = compile(source, on.arch, (name,), defines or None)
     return Kernel(on, on.load(artifact, name))
 
 
@@ -98,6 +99,8 @@ class Kernel:
         ready = self.prepare(grid, block, *plain, shared=shared, cluster=cluster, cooperative=cooperative, pdl=pdl)
         views = [view(a) for a in arrays]
         for i, v in enumerate(views):
+            if not v.dtype.isnative:
+                raise ArgumentError(f"{self.name}: array {i} is {v.dtype.str}; its byte order is not this machine's")
             if (v.device == "cuda") != (self.device.kind == "cuda") or v.index != self.device.index:
                 raise ArgumentError(f"{self.name}: array {i} is on {v.on}, the kernel on {self.device!r}")
         if stream is not None:
@@ -134,8 +137,10 @@ class Kernel:
 
         if min(g.grid + g.block) < 1 or any(n > limit for n, limit in zip(g.grid, MAX_GRID, strict=True)):
             refuse(f"every grid dimension must be 1 to {MAX_GRID}")
-        if threads > info.max_threads or g.block[2] > 64:
+        if threads > info.max_threads:
             refuse(f"{threads} threads a block; the kernel allows at most {info.max_threads}")
+        if g.block[2] > 64:
+            refuse("the third dimension of a block must be at most 64")
         if g.shared < 0 or info.shared_bytes + g.shared > self.device.max_shared:
             refuse(
                 f"{info.shared_bytes} B static and {g.shared} B dynamic shared memory; "
@@ -189,9 +194,13 @@ class Prepared:
 
     def __call__(self, stream: int = 0) -> None:
         """Launch with the arguments as they stand."""
-        self._enqueue(stream)
+        self._lock.acquire()
+        try:
+            self._enqueue(stream)
+        finally:
+            self._lock.release()
 
-    def launch(self, pointers: Sequence[int], stream: int = 0, views: Sequence[View] | None = None) -> None:
+    def launch(self, pointers: Sequence[int], stream: int = 0, views: Sequence[View] = ()) -> None:
         """Write every POINTER argument, in order, and launch.
 
         Args:
@@ -207,10 +216,10 @@ class Prepared:
             except (TypeError, ValueError, struct.error) as error:
                 wanted = len(self._pointer_params)
                 raise LaunchError(f"{self.kernel.name}: {wanted} pointers are wanted, {pointers!r} given") from error
-            if views is not None:
+            if views or self._params.regions:
                 self._params.regions = {
                     i: Region(v.first_byte, v.span, f"argument {i}", v.writable)
-                    for i, v in zip(self._pointer_params, views, strict=True)
+                    for i, v in zip(self._pointer_params, views, strict=False)
                     if v.span
                 }
             self._enqueue(stream)
@@ -232,8 +241,11 @@ def _pointer_writer(params: Parameters, offsets: Sequence[int]) -> Callable[...,
 
 
 def _three(dims: int | Sequence[int]) -> tuple[int, int, int]:
-    given = (dims,) if isinstance(dims, int | np.integer) else tuple(dims)
+    given = tuple(dims) if isinstance(dims, Sequence) else (dims,)
     if not 1 <= len(given) <= 3:
         raise ArgumentError(f"{dims!r}: grid, block and cluster have 1 to 3 dimensions")
-    x, y, z = (int(n) for n in (*given, 1, 1)[:3])
+    try:
+        x, y, z = (operator.index(n) for n in (*given, 1, 1)[:3])
+    except TypeError as error:
+        raise ArgumentError(f"{dims!r}: the dimensions of grid, block and cluster are integers") from error
     return x, y, z

@@ -78,9 +78,17 @@ class _Known:
 class Operation:
     """One operation: its name, its array arguments, and the function that plans a call."""
 
-    def __init__(self, name: str, inputs: Sequence[str], outputs: Sequence[str], plan: Callable[[Call], Plan]) -> None:
+    def __init__(
+        self,
+        name: str,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        plan: Callable[[Call], Plan],
+        optional: Sequence[str] = (),
+    ) -> None:
         self.name = name
         self._inputs = tuple(inputs)
+        self._optional = frozenset(optional)  # inputs that may be None
         self._outputs = tuple(outputs)
         self._plan = plan
         self._known: dict[Hashable, _Known] = {}
@@ -89,14 +97,18 @@ class Operation:
         self, inputs: tuple[Any, ...], out: Sequence[Any] | None, settings: tuple[Hashable, ...], stream: Any
     ) -> tuple[Any, ...]:
         """Run the operation; returns the outputs, in the first input's kind unless given."""
-        given = inputs if out is None else (*inputs, *out)
         try:
+            given = inputs if out is None else (*inputs, *out)
             found = [FACTS[type(x)](x) for x in given]
-        except KeyError:  # a type not seen before
+        except Exception:  # a type not seen before, or no array at all
+            given = self._readable(inputs, out)
             found = [(None, None) if x is None else framework(x).facts(x) for x in given]
         pointers = [pointer for pointer, _ in found if pointer is not None]
         key: Hashable = (device(), settings, out is None, *[facts for _, facts in found])  # type: ignore[arg-type]
-        known = self._known.get(key)
+        try:
+            known = self._known.get(key)
+        except TypeError as error:
+            raise ArgumentError(f"{self.name}: {error} among the settings {settings!r}") from error
         if known is None:
             known = self._learn(key, inputs, out, settings)
 
@@ -115,22 +127,36 @@ class Operation:
                 known.seen = pointers
         ready = known.plan.ready
         if ready is not None:
+            handle = stream_handle(stream) if stream is not None else 0
             if known.emulated:
-                ready.launch(pointers, 0, [framework(x).view(x) for x in given if x is not None])
+                ready.launch(pointers, handle, [framework(x).view(x) for x in given if x is not None])
             elif stream is None:
                 ready.launch(pointers, known.home.stream(known.device.index))
             else:
-                ready.launch(pointers, stream_handle(stream))
+                ready.launch(pointers, handle)
         if out is None:
             return tuple(known.home.wrap(x) for x in results)
         return out if type(out) is tuple else tuple(out)
+
+    def _readable(self, inputs: tuple[Any, ...], out: Any) -> tuple[Any, ...]:
+        """All arguments, once each has shown that it can be read; the error of the first that cannot."""
+        if out is not None and not isinstance(out, tuple | list):
+            raise ArgumentError(f"{self.name}: out is a {type(out).__name__}; give ({', '.join(self._outputs)})")
+        given = (*inputs, *(out or ()))
+        for x in given:
+            if x is not None:
+                framework(x).view(x)
+        return given
 
     def _learn(
         self, key: Hashable, inputs: tuple[Any, ...], out: Sequence[Any] | None, settings: tuple[Any, ...]
     ) -> _Known:
         """Check a call of a new kind completely and remember its plan."""
-        if out is not None and len(out) != len(self._outputs):
-            raise ArgumentError(f"{self.name}: out has {len(out)} arrays; give ({', '.join(self._outputs)})")
+        for name, x in zip(self._inputs, inputs, strict=True):
+            if x is None and name not in self._optional:
+                raise ArgumentError(f"{self.name}: {name} is None, an array is needed")
+        if out is not None and (len(out) != len(self._outputs) or any(x is None for x in out)):
+            raise ArgumentError(f"{self.name}: out has {len(out)} arrays or a None; give ({', '.join(self._outputs)})")
         views = tuple(None if x is None else framework(x).view(x) for x in inputs)
         targets = None if out is None else tuple(framework(x).view(x) for x in out)
         first = next(v for v in views if v is not None)

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import threading
 import weakref
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +34,7 @@ _WRITTEN = tuple(dtype(0x0101010101010101 & ((1 << 8 * (1 << k)) - 1)) for k, dt
 _BASE = 0x1000  # of the virtual arrays; below lies the null page
 _TOP = 1 << 47
 RED_ZONE = 256
+REMEMBERED = 4096  # freed allocations that a message can still name
 POISON = 0xFF  # fresh memory: NaN in every float format, -1 in every signed integer
 
 SHARED_FIRST = 0x400  # first shared offset, so that 0 stays invalid as on hardware
@@ -48,6 +51,10 @@ _LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _MAP_NORESERVE = 0x4000
 _MADV_DONTNEED = 4
+
+
+def _page_up(address: int) -> int:
+    return -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 class LaneFault(Exception):
@@ -128,9 +135,11 @@ class Memory:
     def __init__(self) -> None:
         self._arena = _Reservation()
         self._next = self._arena.address + 4096
+        self._lock = threading.RLock()  # arrays are made and collected by any thread, in the middle of anything
         self._owned: dict[int, Range] = {}
+        self._order: list[int] = []  # addresses of _owned, which are handed out in ascending order
         self._foreign: dict[int, Range] = {}
-        self._freed: list[Range] = []
+        self._freed: deque[Range] = deque(maxlen=REMEMBERED)
         self._tokens = 0
         self._segments: list[Range] = []
         self._starts: list[int] = []
@@ -146,28 +155,40 @@ class Memory:
         """Allocate poisoned memory between red zones; returns its address, which no later allocation gets again."""
         if nbytes < 0 or align < 1 or align & (align - 1):
             raise EmulatorError(f"alloc: {nbytes} bytes aligned to {align} cannot be allocated")
-        address = -(-self._next // align) * align
-        after = address + max(nbytes, 1) + RED_ZONE
-        if after > self._arena.address + self._arena.size:
-            raise EmulatorError(f"alloc: the arena of {self._arena.size:,} B is used up")
-        self._next = after
-        self._owned[address] = Range(address, address + nbytes, label or f"allocation {len(self._owned)}", writable)
-        self._stale = True
+        with self._lock:
+            address = -(-self._next // align) * align
+            after = address + max(nbytes, 1) + RED_ZONE
+            if after > self._arena.address + self._arena.size:
+                raise EmulatorError(
+                    f"alloc: the arena's {self._arena.size:,} B of addresses, never used twice, are used up; "
+                    "make a new Machine, or lift the limit on address space (ulimit -v) if there is one"
+                )
+            self._next = after
+            self._owned[address] = Range(address, address + nbytes, label or f"allocation {len(self._owned)}", writable)
+            self._order.append(address)
+            self._stale = True
         if nbytes:
             self.view(address, nbytes).fill(POISON)
         return address
 
     def free(self, address: int) -> None:
         """Free an allocation. Later accesses fault and name it; its pages go back to the system."""
-        gone = self._owned.pop(address, None)
-        if gone is None:
-            raise EmulatorError(f"free: {address:#x} is not a live allocation")
-        gone.alive = False
-        self._freed.append(gone)
-        self._stale = True
-        first, last = -(-gone.lo // mmap.PAGESIZE) * mmap.PAGESIZE, gone.hi // mmap.PAGESIZE * mmap.PAGESIZE
-        if last > first:
-            _LIBC.madvise(first, last - first, _MADV_DONTNEED)
+        with self._lock:
+            gone = self._owned.pop(address, None)
+            if gone is None:
+                raise EmulatorError(f"free: {address:#x} is not a live allocation")
+            gone.alive = False
+            self._freed.append(gone)
+            at = bisect_left(self._order, address)
+            del self._order[at]
+            self._stale = True
+            # Whole pages that no live allocation touches: those inside, and those shared with others already freed.
+            below = self._owned[self._order[at - 1]].hi if at else self._arena.address
+            above = self._order[at] if at < len(self._order) else self._next
+            first = max(_page_up(below), gone.lo // mmap.PAGESIZE * mmap.PAGESIZE)
+            last = min(above // mmap.PAGESIZE * mmap.PAGESIZE, _page_up(gone.hi))
+            if last > first:
+                _LIBC.madvise(first, last - first, _MADV_DONTNEED)
 
     def register(
         self, address: int, nbytes: int, *, label: str = "", writable: bool = True, keep: object = None
@@ -178,17 +199,20 @@ class Memory:
         """
         if nbytes < 0 or address < _BASE or address + nbytes > _TOP:
             raise EmulatorError(f"register: [{address:#x}, {nbytes} B] is not host memory")
-        self._tokens += 1
-        name = label or f"host memory {self._tokens}"
-        self._foreign[self._tokens] = Range(address, address + nbytes, name, writable, keep)
-        self._stale = True
-        return self._tokens
+        with self._lock:
+            self._tokens += 1
+            token = self._tokens
+            name = label or f"host memory {token}"
+            self._foreign[token] = Range(address, address + nbytes, name, writable, keep)
+            self._stale = True
+        return token
 
     def unregister(self, token: int) -> None:
         """Undo a register; accesses to the range fault from now on, unless another range covers them."""
-        if self._foreign.pop(token, None) is None:
-            raise EmulatorError(f"unregister: no registered range has the token {token}")
-        self._stale = True
+        with self._lock:
+            if self._foreign.pop(token, None) is None:
+                raise EmulatorError(f"unregister: no registered range has the token {token}")
+            self._stale = True
 
     def view(self, address: int, nbytes: int) -> npt.NDArray[np.uint8]:
         """Arena memory as bytes, without a copy; the view stays valid memory even after a free."""
@@ -199,30 +223,31 @@ class Memory:
 
     def _refresh(self) -> None:
         """Sort the live ranges into disjoint segments; ranges that overlap are joined."""
-        segments: list[Range] = []
-        for each in sorted((*self._owned.values(), *self._foreign.values()), key=lambda r: (r.lo, -r.hi)):
-            if segments and each.lo < segments[-1].hi:
-                last = segments[-1]
-                if each.writable and not last.writable and (each.lo > last.lo or each.hi < last.hi):
-                    # Keep the read-only remainder read-only: cut the outer range around the writable one.
-                    segments[-1:] = [
-                        part
-                        for part in (
-                            Range(last.lo, each.lo, last.label, False),
-                            each,
-                            Range(each.hi, last.hi, last.label, False),
-                        )
-                        if part.hi > part.lo
-                    ]
-                else:
-                    segments[-1] = Range(last.lo, max(last.hi, each.hi), last.label, last.writable or each.writable)
-            elif each.hi > each.lo:
-                segments.append(each)
-        self._segments = segments
-        self._starts = [s.lo for s in segments]
-        self._bounds = None
-        self._last = Range(0, 0, "", False)
-        self._stale = False
+        with self._lock:
+            self._stale = False
+            segments: list[Range] = []
+            for each in sorted((*self._owned.values(), *self._foreign.values()), key=lambda r: (r.lo, -r.hi)):
+                if segments and each.lo < segments[-1].hi:
+                    last = segments[-1]
+                    if each.writable and not last.writable and (each.lo > last.lo or each.hi < last.hi):
+                        # Keep the read-only remainder read-only: cut the outer range around the writable one.
+                        segments[-1:] = [
+                            part
+                            for part in (
+                                Range(last.lo, each.lo, last.label, False),
+                                each,
+                                Range(each.hi, last.hi, last.label, False),
+                            )
+                            if part.hi > part.lo
+                        ]
+                    else:
+                        segments[-1] = Range(last.lo, max(last.hi, each.hi), last.label, last.writable or each.writable)
+                elif each.hi > each.lo:
+                    segments.append(each)
+            self._segments = segments
+            self._starts = [s.lo for s in segments]
+            self._bounds = None
+            self._last = Range(0, 0, "", False)
 
     # Checked access. `base` is unused here; the other spaces need it.
 

@@ -234,7 +234,7 @@ def _plan_topk_select(call: Call) -> Plan:
     return Plan((((N, k), scores.dtype), ((N, k), I32)), ready)
 
 
-_TOPK_SELECT = Operation("topk_select", ("scores", "lengths"), ("values", "ids"), _plan_topk_select)
+_TOPK_SELECT = Operation("topk_select", ("scores", "lengths"), ("values", "ids"), _plan_topk_select, ("lengths",))
 
 
 # --------------------------------------------------------------------------------------------- activation_topk

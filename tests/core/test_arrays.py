@@ -239,3 +239,108 @@ def test_operation_in_a_cuda_graph(gpu, rng):
         graph.launch(stream)
         stream.synchronize()
     same(gpu, out, y, b)
+
+
+class Copying(Foreign):
+    """Exports a fresh copy each time, as DLPack allows unless copy=False is asked for."""
+
+    def __dlpack__(self, **options):
+        if options.get("copy") is False:
+            raise BufferError("this array cannot be exported without a copy")
+        return self.array.copy().__dlpack__()
+
+
+class OldCopying(OldForeign):
+    def __dlpack__(self, stream=None):
+        return self.array.copy().__dlpack__()
+
+
+@pytest.mark.parametrize("producer", [Copying, OldCopying])
+def test_a_producer_that_copies_is_refused(emulator, rng, producer):
+    x, b = inputs(rng)
+    with pytest.raises(ArgumentError, match=r"opying: __dlpack__ (cannot export its own memory|exports a copy)"):
+        activation_topk(producer(x), b, 4)
+
+
+def test_bfloat16_through_bare_dlpack(emulator, torch):
+    scores = torch.tensor([[1.0, 3.0, 2.0]], dtype=torch.bfloat16)
+    values, ids = dsv4_rt.topk_select(Foreign(scores), 2)
+    assert ids.tolist() == [[1, 2]]
+    assert values.dtype == BF16
+    assert view(Foreign(torch.zeros(3, dtype=torch.float64))).dtype == np.float64
+    with pytest.raises(ArgumentError, match="no kernel reads that"):
+        view(Foreign(torch.zeros(3, dtype=torch.complex32)))
+
+
+def test_arguments_that_are_missing_or_no_arrays(emulator, rng, torch):
+    x, b = inputs(rng)
+    with pytest.raises(ArgumentError, match="activation_topk: e_bias is None"):
+        activation_topk(x, None)
+    with pytest.raises(ArgumentError, match="hash_router: token_ids is None"):
+        dsv4_rt.hash_router(None, None)
+    with pytest.raises(ArgumentError, match=r"out is a int; give \(weights, ids\)"):
+        activation_topk(x, b, 4, out=5)
+    with pytest.raises(ArgumentError, match="has no plain memory"):
+        activation_topk(torch.zeros(3, 64).to_sparse(), b, 4)
+    with pytest.raises(ArgumentError, match="str is no CUDA stream"):
+        activation_topk(x, b, 4, stream="nonsense")
+    with pytest.raises(ArgumentError, match="unhashable type: 'list' among the settings"):
+        activation_topk(x, b, 4, pdl=[1])
+
+
+CHANGES = {
+    "strides": lambda x: np.ascontiguousarray(np.repeat(x, 2, axis=0))[::2],
+    "alignment": lambda x: np.concatenate([np.zeros(1, x.dtype), x.ravel()])[1:].reshape(x.shape),
+    "both": lambda x: np.pad(x, ((0, 0), (1, 2)))[:, 1:-2],
+    "none": lambda x: x.copy(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("wrap", ["numpy", "torch", "dlpack"])
+def test_a_known_call_looks_again_when_one_fact_changes(emulator, rng, torch, wrap, change):
+    """The fast path must not take a plan made for other strides or another alignment."""
+    convert = {"numpy": lambda x: x, "torch": torch.from_numpy, "dlpack": Foreign}[wrap]
+    x, b = inputs(rng)
+    aligned = emulator.array(x)
+    changed = CHANGES[change](x)
+    for given in (aligned, changed, aligned, changed):
+        same(emulator, [np.asarray(a) for a in activation_topk(convert(given), convert(b), 4)], x, b)
+
+
+def test_a_known_call_looks_again_at_writability_and_dtype(emulator, rng):
+    x, b = inputs(rng)
+    for wrap in (lambda a: a, Foreign):
+        out = (np.empty((N, 4), np.float32), np.empty((N, 4), np.int32))
+        activation_topk(x, b, 4, out=tuple(wrap(a) for a in out))
+        out[1].flags.writeable = False
+        with pytest.raises(ArgumentError, match=r"read-only|cannot export"):
+            activation_topk(x, b, 4, out=tuple(wrap(a) for a in out))
+    with pytest.raises(ArgumentError, match="dtype must be float32"):
+        activation_topk(x.view(np.int32), b, 4)
+
+
+def test_a_plan_for_host_arrays_is_not_taken_for_device_arrays(emulator, rng):
+    """Producers such as JAX have one type for both."""
+    x, b = inputs(rng)
+
+    class Anywhere(Foreign):
+        on_gpu = False
+
+        @property
+        def __cuda_array_interface__(self):
+            if not self.on_gpu:
+                raise AttributeError
+            return {"data": (0, False), "shape": self.array.shape, "typestr": "<f4", "version": 3, "strides": None}
+
+    logits = Anywhere(x)
+    activation_topk(logits, b, 4)
+    logits.on_gpu = True
+    with pytest.raises(ArgumentError, match=r"logits is on cuda:0|e_bias does not fit"):
+        activation_topk(logits, b, 4)
+
+
+def test_the_emulator_forgets_host_arrays_after_every_launch(emulator, rng):
+    x, b = inputs(rng)
+    activation_topk(x, b, 4)
+    assert emulator.machine.memory._foreign == {}

@@ -226,3 +226,73 @@ def test_refuses_a_device_that_does_not_exist():
         open_device("emulator:sm_80")
     with pytest.raises(DeviceError, match=r"cuda:99 does not exist|no CUDA driver"):
         open_device("cuda:99")
+
+
+def test_refuses_dimensions_that_are_no_integers(emulator):
+    fill = load(PROBE, "fill")
+    for grid in ((2.9,), 2.9, "2"):
+        with pytest.raises(ArgumentError, match="the dimensions of grid, block and cluster are integers"):
+            fill.launch(grid, 32, np.zeros(4, np.int32), np.int32(4), np.int32(0))
+    with pytest.raises(LaunchError, match="the third dimension of a block must be at most 64"):
+        fill.launch(1, (1, 1, 65), np.zeros(4, np.int32), np.int32(4), np.int32(0))
+
+
+def test_refuses_arrays_of_another_byte_order(emulator):
+    with pytest.raises(ArgumentError, match=r"array 0 is >i4; its byte order is not this machine's"):
+        load(PROBE, "fill").launch(1, 32, np.zeros(4, ">i4"), np.int32(4), np.int32(0))
+
+
+def test_defines_reach_the_compiler_as_numbers(emulator, tmp_path):
+    source = tmp_path / "flag.cu"
+    source.write_text(
+        'extern "C" __global__ void k(int* out) {\n#if FLAG\n *out = 1;\n#else\n *out = 2;\n#endif\n}\n'
+    )
+    for flag, expected in ((True, 1), (False, 2), (3, 1)):
+        out = np.zeros(1, np.int32)
+        load(str(source), "k", FLAG=flag).launch(1, 1, out)
+        assert out[0] == expected
+    with pytest.raises(ArgumentError, match="defines are names with a string, a number or None"):
+        load(str(source), "k", FLAG=[1])
+
+
+def test_a_fault_leaves_no_host_array_registered(emulator):
+    with pytest.raises(KernelFault):
+        load(PROBE, "store_far").launch(1, 1, np.zeros(4, np.int32), np.int64(1 << 30))
+    assert emulator.machine.memory._foreign == {}
+
+
+def test_two_launches_of_one_kernel_keep_their_shared_memory(gpu):
+    kernel = load(PROBE, "reverse_shared")
+    n = 1024
+    large = kernel.prepare(1, n, POINTER, shared=200 * 1024)
+    kernel.prepare(1, n, POINTER, shared=100 * 1024)
+    out = gpu.array(np.arange(n, dtype=np.int32))
+    large.launch([out.data.ptr])
+    assert np.array_equal(gpu.numpy(out), np.arange(n)[::-1])
+
+
+def test_a_fault_of_others_is_not_blamed_on_us(gpu):
+    """Another library kills the context; the launch that the driver then refuses did not do it."""
+    program = f"""
+        import cupy, numpy as np, dsv4_rt
+        from dsv4_rt.launch import load
+        device = dsv4_rt.device()
+        out = device.array(np.zeros(32, np.int32))
+        fill = load({PROBE!r}, "fill")
+        fill.launch(1, 32, out, np.int32(32), np.int32(0))
+        device.synchronize()
+        cupy.RawKernel('extern "C" __global__ void bad(long long a) {{ *(int*)a = 1; }}', "bad")((1,), (1,), (1 << 40,))
+        try:
+            device.numpy(out)
+        except dsv4_rt.DeviceError as error:
+            print(str(error).replace(chr(10), " | "))
+        try:
+            fill.launch(1, 32, out, np.int32(32), np.int32(0))
+        except dsv4_rt.DeviceError as error:
+            print(str(error).replace(chr(10), " | "))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2, done.stdout + done.stderr
+    for line in lines:
+        assert "killed by work that this package did not launch" in line
