@@ -2,7 +2,8 @@
 
 Device time: a CUDA graph of many launches, replayed between two events; time per launch = (after - before) / launches,
 median over replays, p10 and p90 beside it. The replay's own fixed cost is inside, a graph of empty kernels shows it.
-  cold  a 256 MB read before every replay evicts the L2, and every launch of the graph reads inputs of its own
+  cold  a 256 MB read before every replay evicts the L2, and the launches of the graph walk over inputs of their own,
+        or, where these are large, over as many sets as pass the L2 more than twice
   warm  every launch reads the same inputs
 Host time: eager calls in a loop without synchronisation, median of several loops.
 Roof: pure read of 1 GiB in the same run.
@@ -79,7 +80,7 @@ class Bench:
             f"commit {f['commit']}, {f['date']}; clocks not locked"
         )
         print(
-            f"CUDA graph replay, medians; cold: L2 evicted before each replay, own inputs per launch; "
+            f"CUDA graph replay, medians; cold: L2 evicted before each replay, inputs that no launch left in L2; "
             f"empty node {self.empty_us:.2f} us; read roof in this run {self.roof:.2f} TB/s\n"
         )
 
