@@ -2,8 +2,8 @@
 
     python bench/router.py [--out FILE] [--plot FILE] [--readme] [--recorded FILE]
 
-Every timed result is checked against the oracle; the error column is the largest relative weight error, or how many rows
-differ where nothing may.
+Every timed result is checked against the oracle; the error column is the largest relative weight error, or how many
+rows differ where nothing may.
 """
 
 from pathlib import Path
