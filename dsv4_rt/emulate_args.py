@@ -134,8 +134,9 @@ def _parse(spec: str, rng: np.random.Generator) -> Argument:
         except ValueError:
             raise ArgumentError(f"--arg {spec}: {rest!r} is not pairs of hexadecimal digits") from None
     if form == "buf":
-        kind, shape, fill, *more = (*rest.split(":"), "zeros", "")[: max(3, rest.count(":") + 1)]
-        if more or fill not in FILLS:
+        parts = rest.split(":")
+        kind, shape, fill = (*parts, "zeros")[:3] if len(parts) in (2, 3) else ("", "", "")
+        if fill not in FILLS:
             raise ArgumentError(f"--arg {spec}: wanted buf:TYPE:SHAPE[:FILL], fills: {', '.join(FILLS)}")
         return Argument(spec, form, _filled(_dtype(spec, kind), _shape(spec, kind, shape), fill, rng))
     if form in ("in", "inout") and rest:
