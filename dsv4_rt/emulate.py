@@ -140,7 +140,7 @@ def _compiled(path: Path, options: argparse.Namespace) -> _Program:
     """A .cu: the kernel asked for, or every kernel that is no template."""
     arch, path = options.arch or "sm_100a", path.absolute()
     found = sources.read(path, kernels_dir()).declarations()
-    names = [options.kernel] if options.kernel and not options.list else [k.name for k in found if not k.template]
+    names = [options.kernel] if options.kernel else [k.name for k in found if not k.template]
     if not names:
         listed = "".join(f"\n  {kernel}" for kernel in found) or " none"
         raise CompileError(f"{path.name}: name the kernel to compile, as --kernel 'f<128>'; it declares:{listed}")

@@ -163,6 +163,21 @@ def test_fills_of_buffers(emulate):
         assert finds(emulate, "tiny.ptx", *args(f"buf:i32:32:{fill}", "u32:0"))["buffers"][0]["changed"] == value
 
 
+def test_orders_and_seeds_are_other_schedules(emulate, tmp_path):
+    (tmp_path / "late.cu").write_text("""extern "C" __global__ void late(int* y) {
+    __shared__ int s[64];
+    if (threadIdx.x < 32) s[threadIdx.x] = threadIdx.x;  // and no barrier
+    y[threadIdx.x] = s[threadIdx.x & 31];
+}""")
+    launch = ("late.cu", "--block", 64, *args("buf:i32:64"))
+    code, out, _ = emulate(*launch, "--order", "reverse")
+    assert code == 1
+    assert "late.cu:4" in out
+    assert any(emulate(*launch, "--order", "random", "--seed", seed)[0] == 1 for seed in range(10))
+    launch = ("sum.cu", "--grid", 4, "--block", 128, *args("buf:f32:4x128", "buf:f32:4"), "--order", "random")
+    assert len({finds(emulate, *launch, "--seed", seed)["warp_instructions"] for seed in range(10)}) > 1
+
+
 def test_random_buffers_follow_the_seed(emulate):
     def sums(seed, *specs):
         specs = args(*specs, "buf:f32:1")
@@ -217,6 +232,8 @@ def test_lists_entries(emulate, scalars, tmp_path):
     assert (found["other"]["shared_bytes"], found["other"]["problem"]) == (0, None)
     (tile,) = finds(emulate, "sum.cu", "--list")
     assert (tile["shared_bytes"], tile["max_threads"]) == (512, 128)
+    found = finds(emulate, "sum.cu", "--list", "--kernel", "tile_sum<8>")
+    assert any("tile_sum" in each["name"] for each in found)
 
 
 def test_lists_what_cannot_run(emulate, tmp_path):
@@ -278,6 +295,13 @@ def test_trace_of_a_warp_with_cuda_lines(emulate):
     assert additions[-1].endswith("=40896.0")
     loads = [line for line in trace if "ld.shared.b32" in line]
     assert re.search(r"=\[(\d+\.0 ?)+\]$", loads[0])  # bits that an addition of floats takes are shown as floats
+
+
+def test_trace_of_a_cta_in_a_later_batch(emulate):
+    launch = ("sum.cu", "--grid", "4,5,8", "--block", 128, *args("buf:f32:160x128:arange", "buf:f32:160"))
+    trace = finds(emulate, *launch, "--trace", "cta=1,2,6:thread=0")["trace"]
+    assert trace
+    assert all(line.startswith("cta 1,2,6 thread 0,0,0  ") for line in trace)
 
 
 def test_trace_names_calls_that_are_inlined(emulate, tmp_path):
@@ -367,6 +391,14 @@ def test_a_fault_is_the_answer(emulate):
     assert re.sub("0x[0-9a-f]+", "", found["fault"]) == re.sub("0x[0-9a-f]+", "", report.strip())
     with pytest.raises(FileNotFoundError):
         np.load("z.npy")
+
+
+def test_a_fault_quotes_a_source_in_another_folder(emulate, tmp_path):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "add.cu").rename(tmp_path / "below" / "sum_of_two.cu")
+    _, out, _ = emulate("below/sum_of_two.cu", "--block", 8, *args("u64:0", "u64:0", "buf:f32:8", "i32:8"))
+    assert "null pointer" in out
+    assert "sum_of_two.cu:3: if (i < n) z[i] = x[i] + y[i];" in out
 
 
 def test_in_is_read_only_and_a_deadlock_is_a_fault(emulate, tmp_path):
