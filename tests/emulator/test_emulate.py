@@ -15,7 +15,11 @@ extern "C" __global__ void f(double* out, signed char a, unsigned short b, int c
                              double g, Pair p, unsigned short half) {
     out[0] = a; out[1] = b; out[2] = c; out[3] = d; out[4] = e; out[5] = g; out[6] = p.a; out[7] = p.b; out[8] = half;
 }
-extern "C" __global__ void other(int* x) { extern __shared__ int s[]; s[threadIdx.x] = 1; if (!threadIdx.x) x[0] = s[0]; }
+extern "C" __global__ void other(int* x) {
+    extern __shared__ int s[];
+    s[threadIdx.x] = 1;
+    if (threadIdx.x == 0) x[0] = s[0];
+}
 """
 
 
