@@ -1,4 +1,4 @@
-"""The command line: python -m dsv4_rt demo | doctor | kernels | warmup | cache.
+"""The command line: python -m dsv4_rt demo | doctor | kernels | warmup | cache | emulate.
 
 Exit codes: 0 done, 1 the command's answer is bad (a result differs from the oracle, nothing can run), 2 an error.
 With --json one document goes to standard output and nothing else; errors and progress go to standard error.
@@ -24,7 +24,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from dsv4_rt import __version__, demo, doctor
+from dsv4_rt import __version__, demo, doctor, emulate
 from dsv4_rt.cache import cache_info
 from dsv4_rt.compile import ARCHITECTURES, KernelInfo, cache_clear, compile
 from dsv4_rt.device import open_device, use_device
@@ -103,6 +103,8 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("cache", _cache, "the cache of compiled kernels: where, how large, how useful; or clear it")
     sub.add_argument("action", nargs="?", choices=("clear",), help="remove all entries")
+
+    emulate.add_arguments(command("emulate", _emulate, "run a kernel of any PTX or CUDA file on the emulator, checked"))
     return parser
 
 
@@ -389,3 +391,21 @@ def _cache(options: argparse.Namespace) -> int:
         table.add_row("problem", escape(info.problem))
     _Output().print(table)
     return 0
+
+
+# ------------------------------------------------------------------------------------------------------ emulate
+
+
+def _emulate(options: argparse.Namespace) -> int:
+    if options.list:
+        found = emulate.entries(options)
+        if options.json:
+            return _print_json([dataclasses.asdict(entry) for entry in found])
+        emulate.show_entries(found, _Output())
+        return 0
+    outcome = emulate.run(options, None if options.json else print)
+    if options.json:
+        _print_json(outcome.as_json())
+    else:
+        emulate.show(outcome, _Output(), options.histogram)
+    return 1 if outcome.fault else 0

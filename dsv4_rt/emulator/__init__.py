@@ -3,5 +3,6 @@
 from dsv4_rt.emulator.machine import Entry, Machine, Module
 from dsv4_rt.emulator.memory import Memory
 from dsv4_rt.emulator.report import LaunchReport
+from dsv4_rt.emulator.trace import Step, Tracer
 
-__all__ = ["Entry", "LaunchReport", "Machine", "Memory", "Module"]
+__all__ = ["Entry", "LaunchReport", "Machine", "Memory", "Module", "Step", "Tracer"]

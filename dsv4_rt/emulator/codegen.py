@@ -355,7 +355,17 @@ class Emitter:
         else:
             handler(self, ins, mods)
         mods.done()
+        if "trace" in self.namespace:
+            self.call_trace(ins)
         self.mask = ""
+
+    def call_trace(self, ins: Instr) -> None:
+        """Tell the machine's trace what the instruction did; see trace.py. Only in a machine that has one."""
+        shown = tuple(reg for reg in results(ins) or dict.fromkeys(sources(ins)) if reg in self.env)
+        name = f"i{len(self.namespace)}"
+        self.namespace[name] = (ins, shown)
+        values = "".join(f", {self.env[reg]}" for reg in shown)
+        self.emit(f"trace(B, {name}, L, {self.mask or None}{values})")
 
     def guarded_access(self, ins: Instr, mods: Mods, handler: Handler) -> None:
         """Run a handler for the lanes that pass the guard only, and not at all when there are none."""

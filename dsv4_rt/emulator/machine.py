@@ -8,7 +8,7 @@ CTA is left to start is it a deadlock.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from dsv4_rt.emulator.ir import Address, Block, Function, Instr, Sym, Var, build
 from dsv4_rt.emulator.memory import SHARED_FIRST, Memory
 from dsv4_rt.emulator.ptx import Ptx, parse
 from dsv4_rt.emulator.report import LaunchReport, where
+from dsv4_rt.emulator.trace import Step, hook
 from dsv4_rt.errors import Deadlock, EmulatorError, LaunchError, UnsupportedInstruction
 
 LANES_PER_BATCH = 8192  # 4.1 and 4.3 of the measurements: more falls out of cache, fewer pays for dispatch
@@ -255,10 +256,17 @@ class Machine:
             (highest program point and last warp first). A right kernel gives the same result under all.
         seed: for order="random".
         source_roots: folders in which the CUDA files named by line information are looked up for error messages.
+        trace: called after every instruction with what it did, see `trace.Tracer`; None costs nothing.
     """
 
     def __init__(
-        self, arch: str = "sm_100a", *, order: str = "min-pc", seed: int = 0, source_roots: Sequence[str | Path] = ()
+        self,
+        arch: str = "sm_100a",
+        *,
+        order: str = "min-pc",
+        seed: int = 0,
+        source_roots: Sequence[str | Path] = (),
+        trace: Callable[[Step], None] | None = None,
     ) -> None:
         if order not in ORDERS:
             raise EmulatorError(f"Machine: order {order!r} is none of {', '.join(ORDERS)}")
@@ -266,6 +274,7 @@ class Machine:
         self.source_roots = tuple(Path(root) for root in source_roots)
         self.memory = Memory()
         self._random = random.Random(seed)
+        self._trace = trace
 
     def load(self, ptx: str, name: str) -> Module:
         """Load a module; `name` stands in messages. Functions are parsed when first launched."""
@@ -299,6 +308,8 @@ class Machine:
             KernelFault, Deadlock: the kernel is wrong; memory keeps what it wrote so far.
         """
         program = module.program(entry)
+        if self._trace is not None:  # before the first block is compiled
+            program.namespace["trace"] = hook(self._trace)
         shape = Grid(_three(grid), _three(block), dynamic_shared)
         self._check(module.entries[entry], shape, params, tuple(cluster))
         report = LaunchReport(entry, shape.ctas, shape.ctas * shape.threads)

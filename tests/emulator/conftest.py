@@ -1,0 +1,22 @@
+"""Fixtures of the emulator's tests."""
+
+import pytest
+from emulating import ADD, SUM, TINY
+
+from dsv4_rt import cli
+
+
+@pytest.fixture
+def emulate(capsys, monkeypatch, tmp_path):
+    """emulate("add.cu", ...) in a folder with the files of these tests -> (exit code, output, errors)."""
+    monkeypatch.chdir(tmp_path)
+    for name, text in {"add.cu": ADD, "sum.cu": SUM, "tiny.ptx": TINY}.items():
+        (tmp_path / name).write_text(text)
+
+    def call(*argv):
+        capsys.readouterr()
+        code = cli.main(["emulate", *(str(a) for a in argv)])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
