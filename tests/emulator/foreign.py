@@ -37,16 +37,19 @@ def kept(folder: Path, key: bytes, make) -> str:
 
 
 def compile_cccl(name: str, arch: str, folder: Path) -> str:
-    """tests/emulator/cccl/NAME.cu as PTX for compute_NNa, with line information."""
+    """tests/emulator/cccl/NAME.cu as PTX for compute_NNa.
+
+    Without line information, which is most of the text and of the time to read it: add -lineinfo to look for a fault.
+    """
     include = cuda_include()
     source = (HERE / "cccl" / f"{name}.cu").read_text()
     version = (include / "cccl" / "cuda" / "std" / "__cccl" / "version.h").read_bytes()
-    build = str(nvrtc.nvrtcVersion()).encode()
+    target = arch.replace("sm_", "compute_")
+    options = [f"--gpu-architecture={target}", "--std=c++17", f"-I{include}", f"-I{include}/cccl"]
+    build = f"{nvrtc.nvrtcVersion()} {options}".encode()
 
     def make() -> str:
         _, program = nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], [])
-        target = arch.replace("sm_", "compute_")
-        options = [f"--gpu-architecture={target}", "-lineinfo", "--std=c++17", f"-I{include}", f"-I{include}/cccl"]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [each.encode() for each in options])
         _, size = nvrtc.nvrtcGetProgramLogSize(program)
         log = b" " * size
@@ -58,7 +61,7 @@ def compile_cccl(name: str, arch: str, folder: Path) -> str:
         nvrtc.nvrtcDestroyProgram(program)
         return text.decode().rstrip("\0")
 
-    return kept(folder, b"\0".join((source.encode(), arch.encode(), version, build)), make)
+    return kept(folder, b"\0".join((source.encode(), version, build)), make)
 
 
 def compile_triton(name: str, arch: str, folder: Path) -> tuple[str, int]:
