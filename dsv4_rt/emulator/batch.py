@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dsv4_rt.emulator import collective
+from dsv4_rt.emulator.intrinsics import EXTERNAL
 from dsv4_rt.emulator.ir import Block, Instr, Number, Operand, Reg, Sym, is_warp_sync
 from dsv4_rt.emulator.memory import LOCAL_FIRST, SHARED_FIRST, Generic, LaneFault, LaneMemory
 from dsv4_rt.emulator.report import LaunchReport, Triple, fault, where
@@ -251,7 +252,10 @@ class Batch:
             for each in keys:
                 at = self.parked[each].lanes
                 mask = self._operand(each, self._mask_of(each), at)
-                collective.must_name((at & 31).astype(U32), mask)
+                try:
+                    collective.must_name((at & 31).astype(U32), mask)
+                except LaneFault as error:
+                    raise self.fault(error.what, self.program.blocks[each[1]].sync, at[error.bad]) from None
                 present = collective.warp_bits(self.nlanes, everyone)[at >> 5]
                 living = collective.warp_bits(self.nlanes, np.nonzero(self.alive)[0])[at >> 5]
                 self._let_go(each, mask & living & ~present == 0)
@@ -499,6 +503,9 @@ class Batch:
         assert ins is not None
         target = ins.args[0]
         assert isinstance(target, Sym)
+        if target.name not in self.program.first:
+            self._call_external(key, block, group)
+            return
         callee = self.program.ptx.functions[target.name]
         size = block.function.frame_size
         self._frame(depth + 1)[lanes] = self._frame(depth)[lanes] + np.uint64(size)
@@ -511,6 +518,25 @@ class Batch:
                 raise self.fault("a call argument that is not a .param variable", ins, lanes)
             self._copy(lanes, depth, actual.var.offset, depth + 1, formal.offset, formal.size)
         self._place((-(depth + 1), self.program.first[callee.name]), Group(lanes))
+
+    def _call_external(self, key: Key, block: Block, group: Group) -> None:
+        ins, lanes = block.end, group.lanes
+        assert ins is not None
+        assert isinstance(ins.args[0], Sym)
+        frame, base = self._frame(-key[0])[lanes], self.local_base[lanes]
+        try:
+            args = [
+                self.local.load(frame + np.uint64(each.var.offset), base, each.var.size.bit_length() - 1)
+                for each in ins.args[1:]
+                if isinstance(each, Sym) and each.var is not None
+            ]
+            found = EXTERNAL[ins.args[0].name](self, ins, lanes, args)
+        except LaneFault as error:
+            raise self.fault(error.what, ins, lanes[error.bad]) from None
+        for each in ins.returns:
+            if found is not None and isinstance(each, Sym) and each.var is not None:
+                self.local.store(frame + np.uint64(each.var.offset), base, found, 2)
+        self._go((key[0], block.next[0]), group, block)
 
     def _return(self, key: Key, to: int, lanes: Array) -> None:
         depth = -key[0]

@@ -95,6 +95,7 @@ class Layout:
     slots: dict[Reg, int] = field(default_factory=dict)
     shadows: dict[Reg, int] = field(default_factory=dict)  # slots of "has been set" flags
     unset: set[Reg] = field(default_factory=set)
+    unread: set[Reg] = field(default_factory=set)  # written, but no instruction reads them
     addresses: dict[int, int] = field(default_factory=dict)  # id(Var) -> address, for global, const and shared
 
 
@@ -328,12 +329,20 @@ class Emitter:
         if reg not in self.layout.unset or self.ins is None:
             return
         flags = self.number(1, 1)
-        if self.ins.op in _PASSES_ON:
+        if self.ins.op == "selp":
+            flags = self._set_selected(self.ins, flags)
+        elif self.ins.op in _PASSES_ON:
             for name in filter(None, [self.is_set(source) for source in sources(self.ins)]):
                 flags = self.temp(f"{flags} & {name}", flags in self.constant and name in self.constant)
         if self.mask:
             flags = self.temp(f"where({self.mask}, {flags}, {self.is_set(reg)})")
         self.set_env[reg] = flags
+
+    def _set_selected(self, ins: Instr, flags: str) -> str:
+        """Which lanes selp gives a set value: the operand not chosen may be anything, and compilers rely on that."""
+        yes, no = ((isinstance(each, Reg) and self.is_set(each)) or flags for each in ins.args[1:3])
+        condition = self.use(ins.args[3], "pred")
+        return self.temp(f"where({condition}, {yes}, {no})", {condition, yes, no} <= self.constant)
 
     # Instructions.
 

@@ -43,8 +43,10 @@ def _arithmetic(e: Emitter, ins: Instr, m: Mods) -> None:
         if len(m.types) == 2:  # add.f32.f16: the first source is narrow
             narrow = m.types[-1]
             ty = m.types[0]
-            first = e.derived(e.use(args[0], narrow), f"alu.cvt({ty!r}, {narrow!r}, {{}})")
-            names = [first, *(e.use(a, ty) for a in args[1:])]
+            count = 2 if op == "fma" else 1  # fma.f32.f16: both factors are
+            wide = f"alu.cvt({ty!r}, {narrow!r}, {{}})"
+            names = [e.derived(e.use(a, narrow), wide) for a in args[:count]]
+            names.extend(e.use(a, ty) for a in args[count:])
         else:
             names = [e.use(a, ty) for a in args]
         if ty in _PACKED:

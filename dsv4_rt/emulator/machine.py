@@ -18,7 +18,20 @@ import numpy as np
 from dsv4_rt.emulator import isa_arith, isa_memory  # noqa: F401  they register the instructions
 from dsv4_rt.emulator.batch import PATIENCE, Batch, Grid
 from dsv4_rt.emulator.codegen import Code, Layout, chain, compile_block, new_namespace, translate_block
-from dsv4_rt.emulator.ir import Address, Block, Function, Instr, Sym, Var, build_blocks, liveness, maybe_unset, members
+from dsv4_rt.emulator.intrinsics import EXTERNAL
+from dsv4_rt.emulator.ir import (
+    Address,
+    Block,
+    Function,
+    Instr,
+    Sym,
+    Var,
+    build_blocks,
+    liveness,
+    maybe_unset,
+    members,
+    sources,
+)
 from dsv4_rt.emulator.memory import SHARED_FIRST, Memory
 from dsv4_rt.emulator.ptx import Ptx, parse
 from dsv4_rt.emulator.report import LaunchReport, where
@@ -174,6 +187,8 @@ def _reachable(module: Module, name: str) -> list[Function]:
             if ins.op != "call":
                 continue
             target = ins.args[0] if ins.args else None
+            if isinstance(target, Sym) and target.name in EXTERNAL and not ptx.defined(target.name):
+                continue
             if not isinstance(target, Sym) or not ptx.defined(target.name):
                 what = "an indirect call"
                 if isinstance(target, Sym):
@@ -225,7 +240,11 @@ def _slots(function: Function, blocks: list[Block], addresses: dict[int, int]) -
     for block in blocks:
         crossing |= block.live_in | block.live_out
     unset = maybe_unset(blocks)
-    layout = Layout(addresses=addresses, unset=set(members(function, unset)))
+    read = {reg for block in blocks for ins in block.instrs for reg in sources(ins)}
+    read |= {block.reg for block in blocks if block.reg is not None}
+    layout = Layout(
+        addresses=addresses, unset=set(members(function, unset)), unread=set(function.regs) - read
+    )
     slots: list[tuple[int, int]] = []
     for reg in members(function, crossing):
         layout.slots[reg] = len(slots)

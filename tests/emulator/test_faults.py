@@ -148,6 +148,14 @@ def test_a_lane_outside_its_mask(tmp_path, arch):
         y[threadIdx.x] = __ballot_sync(0xffffu, threadIdx.x & 1); // BUG
     }"""
     assert "its mask 0x0000ffff does not name" in refused(tmp_path, arch, source, np.zeros(64, np.uint32))
+    source = """extern "C" __global__ void f(u32* y) {
+        y[threadIdx.x] = 1;
+        __syncwarp(0xffffu); // BUG
+        y[threadIdx.x ^ 1] += 1;
+    }"""
+    message = refused(tmp_path, arch, source, np.zeros(64, np.uint32))
+    assert "its mask 0x0000ffff does not name" in message
+    assert "thread (16, 0, 0), the first of 32 threads" in message
 
 
 def test_unset_register(tmp_path, arch):
