@@ -23,6 +23,7 @@ class LaunchReport:
         instructions: thread-instructions executed; an instruction whose guard fails counts.
         warp_instructions: the same for warps that had a thread there.
         opcodes: PTX base opcode -> thread-instructions.
+        same_value_races: racing stores that wrote the bytes that were there already, which are not faults.
     """
 
     kernel: str
@@ -31,6 +32,7 @@ class LaunchReport:
     instructions: int = 0
     warp_instructions: int = 0
     opcodes: Counter[str] = field(default_factory=Counter)
+    same_value_races: int = 0
 
 
 def source_lines(ptx: Ptx, loc: Loc | None, roots: Sequence[Path]) -> list[str]:
