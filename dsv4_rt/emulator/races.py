@@ -306,14 +306,14 @@ class Shadow:
             if len(bad):
                 yield kind, bad, records[bad]
 
-    def write(self, races: Races, cells: Array, lanes: Array, base: int) -> tuple[Array, Array]:
+    def write(self, races: Races, cells: Array, lanes: Array, base: int, plain: bool) -> tuple[Array, Array]:
         """Remember stores; returns the positions that another lane of the instruction overwrote, and its records."""
         tick = races.clock.tick(races.line)
         record = lanes + ((tick << _SHIFT) + _STRONG * races.strong + base)
         self.stores[cells] = record
         now = self.stores.take(cells)
         lost: Array = np.nonzero(now != record)[0]
-        if len(lost):
+        if plain and len(lost):
             races.stored_alike[tick] = _pairs(lanes + base, cells)
         return lost, now[lost]
 
@@ -353,7 +353,7 @@ class Watch:
         base, limit = self._bounds(races)
         for kind, bad, records in self.shadow().conflicts(races, cells, lanes, base, limit):
             raise self._raise(races, kind, "atomic", addr, many, records, bad)
-        self.shadow().write(races, cells, lanes, base)
+        self.shadow().write(races, cells, lanes, base, False)
 
     def store(
         self, races: Races, lanes: Array, addr: Array, at: Array, size: int,
@@ -368,7 +368,7 @@ class Watch:
             races.batch.report.same_value_races += len(np.unique(bad[~loud] // many))
             if loud.any():
                 raise self._raise(races, kind, what, addr, many, records[loud], bad[loud])
-        lost, records = self.shadow().write(races, cells, lanes, base)
+        lost, records = self.shadow().write(races, cells, lanes, base, not races.strong)
         put()
         if len(lost) and not races.strong:
             loud = changes(lost // many)
