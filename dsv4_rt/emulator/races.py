@@ -95,6 +95,7 @@ class Races:
         self.base = batch.first * batch.shape.lanes  # of thread numbers in the launch
         self.stored_alike: dict[int, Array] = {}  # tick -> (lane, cell) of stores of equal bytes to one cell
         self.line, self.strong = 0, False
+        self.all_met = 0  # records below it lie before a meeting of every lane with its warp
         self.fresh = False  # whether anything was accessed since all lanes met
         self.shared: RacyShared | None = None
         self.watched: Any = None  # global memory, where it is watched
@@ -115,8 +116,10 @@ class Races:
         """Lanes of a warp have met."""
         if not self.fresh:
             return
-        self.met[lanes] = self.clock.tick()
-        self.fresh = len(lanes) < len(self.met)
+        tick = self.clock.tick()
+        self.met[lanes] = tick
+        if len(lanes) == len(self.met):
+            self.all_met, self.fresh = tick << _SHIFT, False
 
     def fence(self, lanes: Array) -> None:
         """What these lanes' warps know now is what their strong stores publish."""
@@ -203,6 +206,8 @@ class Races:
 
     def unordered(self, lanes: Array, records: Array, base: int, cells: Array) -> Array:
         """Positions of the accesses that nothing orders after the records of other threads. 0 is no record."""
+        if int(records.max()) < self.all_met and not ((records & _LANE) ^ (lanes + base)).max() >> 5:
+            return _NONE  # all within warps that have met since
         ticks, all_lanes = records >> _SHIFT, lanes
         cta = self.batch.cta[lanes]
         other = (records & _LANE) - base
