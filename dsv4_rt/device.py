@@ -132,9 +132,9 @@ def _cuda(index: int) -> Device:
 
 @functools.cache
 def _emulated(arch: str) -> Device:
-    from dsv4_rt.emulated_device import EmulatedDevice
+    from dsv4_rt.emulated_device import EmulatedDevice, checks_from_environment
 
-    return EmulatedDevice(arch)
+    return EmulatedDevice(arch, **checks_from_environment())
 
 
 @functools.cache

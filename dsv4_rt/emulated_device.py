@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ from dsv4_rt.device import Geometry, LoadedKernel, Parameters
 from dsv4_rt.emulator import LaunchReport, Machine
 from dsv4_rt.errors import DeviceError
 
+CHECKS = {"global-writes": "check_global_writes", "uninitialised": "check_uninitialised"}  # name -> field
+
 
 class _Block:
     """Owner of one allocation of the arena: every NumPy view of it keeps this object, and so the allocation, alive."""
@@ -26,11 +29,16 @@ class _Block:
 
 @dataclass(eq=False)
 class EmulatedDevice:
-    """The emulator behind the same verbs. `last_report` counts the instructions of the latest launch."""
+    """The emulator behind the same verbs. `last_report` counts the instructions of the latest launch.
+
+    check_global_writes, check_uninitialised: the checks that a Machine has on request.
+    """
 
     arch: str = "sm_100a"
     order: str = "min-pc"
     seed: int = 0
+    check_global_writes: bool = False
+    check_uninitialised: bool = False
     kind: str = field(default="emulator", init=False)
     index: int = field(default=0, init=False)
     max_shared: int = field(default=227 * 1024, init=False)
@@ -42,7 +50,14 @@ class EmulatedDevice:
             raise DeviceError(f"the emulator runs {', '.join(ARCHITECTURES)}, not {self.arch!r}")
         self.sm_count = 132 if self.arch == "sm_90a" else 148  # H200; B200: so that grids are sized as there
         # The PTX names sources as "kernels/router/x.cu": a report quotes the line where the tree is found.
-        self.machine = Machine(self.arch, order=self.order, seed=self.seed, source_roots=_source_roots())
+        self.machine = Machine(
+            self.arch,
+            order=self.order,
+            seed=self.seed,
+            source_roots=_source_roots(),
+            check_global_writes=self.check_global_writes,
+            check_uninitialised=self.check_uninitialised,
+        )
         self._modules: dict[str, Any] = {}
         self._lock = threading.RLock()
 
@@ -103,6 +118,8 @@ class EmulatedDevice:
         host = np.asarray(host)
         out = self.empty(host.shape, host.dtype)
         out[...] = host
+        if out.size:
+            self.machine.memory.mark_written(out.ctypes.data, out.nbytes)
         return out
 
     def numpy(self, array: Any) -> np.ndarray[Any, Any]:
@@ -113,6 +130,15 @@ class EmulatedDevice:
 
     def synchronize(self) -> None:
         return
+
+
+def checks_from_environment() -> dict[str, Any]:
+    """The checks DSV4_RT_EMULATOR_CHECKS asks for, as fields of an EmulatedDevice: "global-writes,uninitialised"."""
+    names = [name.strip() for name in os.environ.get("DSV4_RT_EMULATOR_CHECKS", "").split(",") if name.strip()]
+    for name in names:
+        if name not in CHECKS:
+            raise DeviceError(f"DSV4_RT_EMULATOR_CHECKS: {name!r} is none of {', '.join(CHECKS)}")
+    return {CHECKS[name]: True for name in names}
 
 
 def _source_roots() -> tuple[str, ...]:

@@ -19,8 +19,10 @@ import numpy.typing as npt
 from dsv4_rt.emulator import collective
 from dsv4_rt.emulator.intrinsics import EXTERNAL
 from dsv4_rt.emulator.ir import Block, Instr, Number, Operand, Reg, Sym, is_warp_sync
-from dsv4_rt.emulator.memory import LOCAL_FIRST, SHARED_FIRST, Generic, LaneFault, LaneMemory
+from dsv4_rt.emulator.memory import LOCAL_FIRST, LaneFault, LaneMemory
+from dsv4_rt.emulator.races import Races, RacyGeneric, RacyShared
 from dsv4_rt.emulator.report import LaunchReport, Triple, fault, where
+from dsv4_rt.emulator.watched import WatchedMemory
 from dsv4_rt.errors import Deadlock, EmulatorError, KernelFault, UnsupportedInstruction
 
 if TYPE_CHECKING:
@@ -99,9 +101,12 @@ class Batch:
         self.tid = self.all % shape.lanes
         self.alive = self.tid < shape.threads
         self.memory = machine.memory
-        self.shared = LaneMemory("shared", count, program.shared_bytes + shape.dynamic_shared, SHARED_FIRST)
+        self.races = Races(self, machine.clock)
+        self.shared = RacyShared(self.races, count, program.shared_bytes + shape.dynamic_shared)
+        self.races.shared = self.shared
+        self.races.watched = machine.memory if isinstance(machine.memory, WatchedMemory) else None
         self.local = LaneMemory("local", self.nlanes, program.entry.frame_size + program.local_bytes, LOCAL_FIRST)
-        self.generic = Generic(self.memory, self.shared, self.local)
+        self.generic = RacyGeneric(self.memory, self.shared, self.local)
         self.shared_base = self.shared.bases(self.cta)
         self.local_base = self.local.bases(self.all)
         self.specials: dict[str, Array] = {}
@@ -187,6 +192,7 @@ class Batch:
     def barrier_arrive(self, lanes: Array, ids: Array, counts: Array) -> None:
         """bar.arrive: counted, not waited for."""
         ids, counts = np.broadcast_to(ids, lanes.shape), np.broadcast_to(counts, lanes.shape)
+        self.races.arrive(lanes, ids)
         np.add.at(self.arrived, (self.cta[lanes], ids), 1)
         self.check_parked = True
 
@@ -276,6 +282,7 @@ class Batch:
         group = self.parked[key]
         if not free.any():
             return
+        self.races.meet(group.lanes[free])
         if free.all():
             del self.parked[key]
             self._merge(self.ready, key, group)
@@ -312,6 +319,7 @@ class Batch:
             return
         lanes = waiting[done[slot]]
         self._check_convergence(lanes)
+        self.races.barrier(lanes, self.at_barrier[lanes])
         self.arrived.reshape(-1)[done] = 0
         self.at_barrier[lanes] = -1
         leaving = np.zeros(self.nlanes, np.bool_)

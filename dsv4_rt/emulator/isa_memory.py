@@ -5,6 +5,7 @@ from __future__ import annotations
 from dsv4_rt.emulator.codegen import Emitter, Mods, handles, split_pair, var_of
 from dsv4_rt.emulator.ir import TYPES, Address, Instr, Number, Operand, Reg, Sink, Sym, Vector
 from dsv4_rt.emulator.isa_arith import result
+from dsv4_rt.emulator.races import kind_of
 
 _CACHE = (
     "nc", "ca", "cg", "cs", "lu", "cv", "wb", "wt", "L1::no_allocate", "L1::evict_first", "L1::evict_last",
@@ -31,6 +32,13 @@ def _target(e: Emitter, space: str) -> tuple[str, str]:
     if space == "local":
         return "B.local", _base(e, f"B.local_base{lanes}")
     return "B.generic", f"({_base(e, f'B.shared_base{lanes}')}, {_base(e, f'B.local_base{lanes}')})"
+
+
+def _touch(e: Emitter, ins: Instr, space: str) -> None:
+    """Say who makes the access that follows, where races are watched."""
+    watched = ("shared", "generic", "global") if e.namespace.get("watch_global") else ("shared", "generic")
+    if space in watched or kind_of(ins):
+        e.emit(f"B.races.touch({e.lanes}, {ins.line}, {kind_of(ins)})")
 
 
 def _base(e: Emitter, expr: str) -> str:
@@ -105,6 +113,7 @@ def _load(e: Emitter, ins: Instr, m: Mods) -> None:
     where = address(e, a, space)
     name, base = _target(e, space)
     used = _used_bytes(e, ins, items, k, ty)
+    _touch(e, ins, space)
     if n == 1:
         e.define(items[0], f"{name}.load({where}, {base}, {k}{used})", ty)  # items[0]: `ld.b32 {r}` is legal
         return
@@ -148,6 +157,7 @@ def _store(e: Emitter, ins: Instr, m: Mods) -> None:
     name, base = _target(e, space)
     if ty == "b128":
         names = [f"{each}[:, {i}]" for each in names for i in (0, 1)]
+    _touch(e, ins, space)
     if n == 1:
         e.emit(f"{name}.store({where}, {base}, {names[0]}, {k})")
     else:
@@ -180,6 +190,7 @@ def _atomic(e: Emitter, ins: Instr, m: Mods) -> None:
     name, base = _target(e, space)
     call = f"atomics.run({name}, {where}, {base}, {k}, {op!r}, {ty!r}, ({', '.join(names)},), "
     call += f"{not isinstance(d, Sink)}, {noftz})"
+    _touch(e, ins, space)
     if isinstance(d, Sink):
         e.emit(call)
     else:
@@ -213,6 +224,7 @@ def _isspacep(e: Emitter, ins: Instr, m: Mods) -> None:
 
 @handles("shfl")
 def _shuffle(e: Emitter, ins: Instr, m: Mods) -> None:
+    e.emit("B.races.meet(L)")
     m.flag("sync")
     mode = m.choose("up", "down", "bfly", "idx")
     d, a, b, c, mask = ins.args
@@ -236,6 +248,7 @@ def _shuffle(e: Emitter, ins: Instr, m: Mods) -> None:
 
 @handles("vote")
 def _vote(e: Emitter, ins: Instr, m: Mods) -> None:
+    e.emit("B.races.meet(L)")
     m.flag("sync")
     mode = m.choose("all", "any", "uni", "ballot")
     d, a, mask = ins.args
@@ -246,6 +259,7 @@ def _vote(e: Emitter, ins: Instr, m: Mods) -> None:
 
 @handles("match")
 def _match(e: Emitter, ins: Instr, m: Mods) -> None:
+    e.emit("B.races.meet(L)")
     m.flag("sync")
     mode = m.choose("any", "all")
     ty = m.types[-1]
@@ -259,6 +273,7 @@ def _match(e: Emitter, ins: Instr, m: Mods) -> None:
 
 @handles("redux")
 def _redux(e: Emitter, ins: Instr, m: Mods) -> None:
+    e.emit("B.races.meet(L)")
     m.flag("sync")
     op = m.choose("add", "min", "max", "and", "or", "xor")
     absolute, nan = m.flag("abs"), m.flag("NaN")
@@ -271,6 +286,7 @@ def _redux(e: Emitter, ins: Instr, m: Mods) -> None:
 
 @handles("elect")
 def _elect(e: Emitter, ins: Instr, m: Mods) -> None:
+    e.emit("B.races.meet(L)")
     m.flag("sync")
     first, predicate = split_pair(ins.args[0])
     pair = e.temp(f"collective.elect(B.nlanes, L, {e.use(ins.args[1], 'u32')})")
@@ -293,6 +309,7 @@ def _barrier(e: Emitter, ins: Instr, m: Mods) -> None:
         mask = ins.args[-1]
         if not isinstance(mask, Number) or mask.value & 0xFFFFFFFF != 0xFFFFFFFF:
             e.emit(f"collective.must_name((L & 31).astype(U32), {e.use(mask, 'u32')})")
+        e.emit(f"B.races.meet({e.lanes})")
         return
     kind = m.choose("sync", "arrive", "red")
     if kind == "red":
@@ -314,6 +331,7 @@ def _nothing(e: Emitter, ins: Instr, m: Mods) -> None:
     """Memory is sequentially consistent here, and nothing takes time."""
     m.flag(*_SPACES, *_ORDER, *_CACHE, "gl", "L1", "L2", "wait", "launch_dependents", "mask")
     if ins.op in ("fence", "membar"):
+        e.emit(f"B.races.fence({e.lanes})")
         m.flag("sync_restrict::shared::cta", "sync_restrict::shared::cluster")
     if ins.op == "nanosleep":
         e.emit("B.sleep()")

@@ -34,8 +34,10 @@ from dsv4_rt.emulator.ir import (
 )
 from dsv4_rt.emulator.memory import SHARED_FIRST, Memory
 from dsv4_rt.emulator.ptx import Ptx, parse
+from dsv4_rt.emulator.races import LaunchClock
 from dsv4_rt.emulator.report import LaunchReport, where
 from dsv4_rt.emulator.trace import Step, hook
+from dsv4_rt.emulator.watched import WatchedMemory
 from dsv4_rt.errors import Deadlock, EmulatorError, LaunchError, UnsupportedInstruction
 
 LANES_PER_BATCH = 8192  # 4.1 and 4.3 of the measurements: more falls out of cache, fewer pays for dispatch
@@ -110,6 +112,7 @@ class Module:
             return
         view = self.memory.view(self.addresses[id(var)], var.size)
         view[:] = 0
+        self.memory.mark_written(self.addresses[id(var)], var.size)
         for offset, size, value in var.initial:
             if isinstance(value, Sym):
                 target = self.ptx.variables.get(value.name)
@@ -170,6 +173,7 @@ def _build(module: Module, name: str) -> Program:
     program = Program(
         ptx, ptx.functions[name], blocks, first, layouts, registers, shared[1], STACK if calls else 0
     )
+    program.namespace["watch_global"] = isinstance(module.memory, WatchedMemory)
     _verify(program, module.roots)
     return program
 
@@ -276,6 +280,10 @@ class Machine:
         seed: for order="random".
         source_roots: folders in which the CUDA files named by line information are looked up for error messages.
         trace: called after every instruction with what it did, see `trace.Tracer`; None costs nothing.
+        check_global_writes: report threads of one launch that touch the same bytes of global memory, one of them with
+            a store, without a barrier, or atomics and a fence, between them.
+        check_uninitialised: report reads of bytes of allocations that neither a kernel nor, as far as is known, the
+            host has written (see `watched.py`).
     """
 
     def __init__(
@@ -286,14 +294,18 @@ class Machine:
         seed: int = 0,
         source_roots: Sequence[str | Path] = (),
         trace: Callable[[Step], None] | None = None,
+        check_global_writes: bool = False,
+        check_uninitialised: bool = False,
     ) -> None:
         if order not in ORDERS:
             raise EmulatorError(f"Machine: order {order!r} is none of {', '.join(ORDERS)}")
         self.arch, self.order, self.seed = arch, order, seed
         self.source_roots = tuple(Path(root) for root in source_roots)
-        self.memory = Memory()
+        watched = check_global_writes or check_uninitialised
+        self.memory = WatchedMemory(check_global_writes, check_uninitialised) if watched else Memory()
         self._random = random.Random(seed)
         self._trace = trace
+        self.clock = LaunchClock(0)
 
     def load(self, ptx: str, name: str) -> Module:
         """Load a module; `name` stands in messages. Functions are parsed when first launched."""
@@ -332,9 +344,13 @@ class Machine:
         shape = Grid(_three(grid), _three(block), dynamic_shared)
         self._check(module.entries[entry], shape, params, tuple(cluster))
         report = LaunchReport(entry, shape.ctas, shape.ctas * shape.threads)
+        self.clock = LaunchClock(shape.ctas)
         size = module.entries[entry].param_bytes
         address = self.memory.alloc(max(size, 1), align=128, label=f"parameters of {entry}", writable=False)
         self.memory.view(address, max(size, 1))[:size] = np.frombuffer(params, np.uint8)[:size]
+        self.memory.mark_written(address, size)
+        if isinstance(self.memory, WatchedMemory):
+            self.memory.begin(program)
         try:
             with np.errstate(all="ignore"):
                 self._run(program, shape, params, address, report, cooperative)

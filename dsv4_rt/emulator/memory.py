@@ -221,6 +221,9 @@ class Memory:
             raise EmulatorError(f"view: [{address:#x}, {nbytes} B] is not arena memory")
         return np.asarray(_Window(address, nbytes, np.uint8, self._arena))
 
+    def mark_written(self, address: int, nbytes: int) -> None:
+        """The host has written these bytes: known where reads of uninitialised memory are checked (`watched.py`)."""
+
     def _refresh(self) -> None:
         """Sort the live ranges into disjoint segments; ranges that overlap are joined."""
         with self._lock:

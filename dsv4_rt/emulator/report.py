@@ -23,6 +23,8 @@ class LaunchReport:
         instructions: thread-instructions executed; an instruction whose guard fails counts.
         warp_instructions: the same for warps that had a thread there.
         opcodes: PTX base opcode -> thread-instructions.
+        quiet_races: racing stores that are no faults: of the bytes that were there already, or by lanes of one warp in
+            one instruction.
     """
 
     kernel: str
@@ -31,6 +33,7 @@ class LaunchReport:
     instructions: int = 0
     warp_instructions: int = 0
     opcodes: Counter[str] = field(default_factory=Counter)
+    quiet_races: int = 0
 
 
 def source_lines(ptx: Ptx, loc: Loc | None, roots: Sequence[Path]) -> list[str]:

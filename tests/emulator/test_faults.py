@@ -116,7 +116,7 @@ def test_barrier_divergence(tmp_path, arch):
         __shared__ int s[64];
         s[threadIdx.x] = 1;
         if (threadIdx.x < 48) { __syncthreads(); y[threadIdx.x] = s[threadIdx.x ^ 1]; } // BUG
-        else { y[threadIdx.x] = s[63]; __syncthreads(); y[threadIdx.x + 64] = s[threadIdx.x ^ 1]; }
+        else { y[threadIdx.x] = s[threadIdx.x]; __syncthreads(); y[threadIdx.x + 64] = s[threadIdx.x ^ 1]; }
     }"""
     message = refused(tmp_path, arch, source, np.zeros(128, np.int32))
     assert "barrier divergence" in message
