@@ -12,10 +12,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from dsv4_rt.emulator import alu_f64
 from dsv4_rt.emulator.alu_float import F32, F64, canonical, flush, round_to, to_f64
 from dsv4_rt.emulator.alu_int import U32, U64, Array
-from dsv4_rt.emulator.narrow import F64_
 
+_GROSS_NAN = U64(0x7FFFFFFF00000000)
 _HIGH_WORD = U64(0xFFFFFFFF00000000)
 
 
@@ -27,11 +28,11 @@ def _by_f64(function: Callable[[Array], Array], ty: str, a: Array, ftz: bool) ->
 
 
 def _gross_f64(function: Callable[[Array], Array], a: Array) -> Array:
-    """The f64 forms read and write only the upper 32 bits: the lower ones are ignored and come out zero."""
+    """The f64 forms read and write only the upper 32 bits: the lower ones are ignored and come out zero, in NaN too."""
     x = flush("f64", a & _HIGH_WORD).view(F64)
     r = function(x)
     bits: Array = r.view(U64) & _HIGH_WORD
-    return flush("f64", np.where(r != r, U64(F64_.nan), bits))
+    return flush("f64", np.where(r != r, _GROSS_NAN, bits))
 
 
 def ex2_approx(ty: str, a: Array, *, ftz: bool = False) -> Array:
@@ -61,7 +62,9 @@ def sqrt_approx(ty: str, a: Array, *, ftz: bool = False) -> Array:
 
 
 def rsqrt_approx(ty: str, a: Array, *, ftz: bool = False) -> Array:
-    """1 / sqrt(a); zeros give infinities of their sign; f64 is the gross form with and without ftz."""
+    """1 / sqrt(a); zeros give infinities of their sign; f64 is the gross form with ftz, precise without."""
+    if ty == "f64" and not ftz:
+        return alu_f64.with_nan((1.0 / np.sqrt(a.view(F64))).view(U64), a)
     if ty == "f64":
         return _gross_f64(lambda x: 1.0 / np.sqrt(x), a)
     return _by_f64(lambda x: 1.0 / np.sqrt(x), ty, a, ftz)
@@ -85,17 +88,16 @@ def tanh_approx(ty: str, a: Array, *, ftz: bool = False) -> Array:
 def div_approx(ty: str, a: Array, b: Array, *, ftz: bool = False) -> Array:
     """a / b for div.approx.f32, a product with the reciprocal.
 
-    With ftz the reciprocal of 2^126 < |b| < inf is subnormal and flushed: 0, or NaN for an infinite a (CUDA documents
-    this for __fdividef). Without ftz the reciprocal keeps its value.
+    The reciprocal of 2^126 < |b| < inf is subnormal and flushed: 0, or NaN for an infinite a (CUDA documents this for
+    __fdividef). An H200 does so with and without ftz.
     """
-    if not ftz:
-        return canonical(a.view(F32) / b.view(F32))
-    a, b = flush(ty, a), flush(ty, b)
+    if ftz:
+        a, b = flush(ty, a), flush(ty, b)
     bits = canonical(a.view(F32) / b.view(F32))
     vanishes = ((b << U32(1)) > U32(2 * 0x7E800000)) & ((b << U32(1)) < U32(2 * 0x7F800000))
     if vanishes.any():
         bits = np.where(vanishes, canonical(a.view(F32) * ((b & U32(0x80000000)).view(F32))), bits)
-    return flush(ty, bits)
+    return flush(ty, bits) if ftz else bits
 
 
 def div_full(ty: str, a: Array, b: Array, *, ftz: bool = False) -> Array:

@@ -62,7 +62,8 @@ def compare(op: str, ty: str, a: Array, b: Array, *, ftz: bool = False) -> Array
 
 
 def minimum(ty: str, a: Array, b: Array, *, ftz: bool = False, nan: bool = False, xorsign_abs: bool = False) -> Array:
-    """Smaller operand, with -0 < +0. A NaN loses unless nan is set; two NaN, or one with nan, give the canonical NaN.
+    """Smaller operand, with -0 < +0. A NaN loses unless nan is set; two NaN, or one with nan, give the canonical NaN;
+    two of f64 give the second, quieted.
 
     xorsign_abs compares magnitudes and gives the result the xor of the operands' signs.
     """
@@ -114,7 +115,8 @@ def _extreme_bits(larger: bool, ty: str, a: Array, b: Array, nan: bool) -> Array
     a_nan, b_nan = (a & f.uint(f.sign - 1)) > f.uint(f.inf), (b & f.uint(f.sign - 1)) > f.uint(f.inf)
     if nan:
         return np.where(a_nan | b_nan, f.uint(f.nan), r)
-    return np.where(a_nan, np.where(b_nan, f.uint(f.nan), b), np.where(b_nan, a, r))
+    both = b | f.uint(1 << 51) if ty == "f64" else f.uint(f.nan)
+    return np.where(a_nan, np.where(b_nan, both, b), np.where(b_nan, a, r))
 
 
 def minimum3(

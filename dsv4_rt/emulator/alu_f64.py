@@ -18,13 +18,23 @@ from dsv4_rt.emulator.narrow import F64_
 F64 = np.float64
 _NAN, _SIGN, _INF, _ONE = U64(F64_.nan), U64(F64_.sign), U64(F64_.inf), U64(1)
 _SPLIT = F64(2.0**27 + 1)
+QUIET = U64(1 << 51)
 _LARGEST = 2**1024 - 2**971
 
 
-def _canonical(r: Array) -> Array:
-    bits: Array = r.view(U64)
-    total = r.dot(r)
-    return np.where(r != r, _NAN, bits) if total != total else bits
+def with_nan(bits: Array, *operands: Array) -> Array:
+    """bits with each NaN as hardware writes it: the first of the operands that is NaN, quieted, else the canonical one.
+
+    Unlike the narrower types, f64 keeps payload and sign (measured on an H200).
+    """
+    values = bits.view(F64)
+    total = values.dot(values)
+    if total == total:
+        return bits
+    nan: Array | np.uint64 = _NAN
+    for each in reversed(operands):
+        nan = np.where((each & ~_SIGN) > _INF, each | QUIET, nan)
+    return np.where(values != values, nan, bits)
 
 
 def _step(r: Array, e: Array, rnd: str) -> Array:
@@ -73,26 +83,35 @@ def add(a: Array, b: Array, rnd: str) -> Array:
     """a + b."""
     x, y = a.view(F64), b.view(F64)
     if rnd == "rn":
-        return _canonical(x + y)
+        return with_nan((x + y).view(U64), b, a)
     s, e = _two_sum(x, y)
     e = _overflow_error(s, e, np.isfinite(x) & np.isfinite(y))
     bits = _step(s, e, rnd)
     if rnd == "rm":
         bits = np.where((s == 0) & (np.signbit(x) | np.signbit(y)), _SIGN, bits)
-    return np.where(s != s, _NAN, bits)
+    return with_nan(bits, b, a)
+
+
+def sub(a: Array, b: Array, rnd: str) -> Array:
+    """a - b; a NaN in b keeps its sign."""
+    return with_nan(add(a, b ^ _SIGN, rnd), b, a)
 
 
 def mul(a: Array, b: Array, rnd: str) -> Array:
     """a * b."""
     x, y = a.view(F64), b.view(F64)
     if rnd == "rn":
-        return _canonical(x * y)
+        return with_nan((x * y).view(U64), b, a)
     # Adding a zero of the product's sign changes nothing, the sign of a zero product included.
     return fma(a, b, (a ^ b) & _SIGN, rnd)
 
 
 def fma(a: Array, b: Array, c: Array, rnd: str) -> Array:
     """a * b + c, rounded once."""
+    return with_nan(_fma(a, b, c, rnd), b, c, a)
+
+
+def _fma(a: Array, b: Array, c: Array, rnd: str) -> Array:
     a, b, c = np.broadcast_arrays(a, b, c)
     x, y, z = a.view(F64), b.view(F64), c.view(F64)
     # Exponents between which neither the split nor any error term overflows or underflows; zero operands are exact
@@ -178,8 +197,8 @@ def div(a: Array, b: Array, rnd: str) -> Array:
     x, y = a.view(F64), b.view(F64)
     q = x / y
     if rnd == "rn":
-        return _canonical(q)
-    bits = _canonical_any(q)
+        return with_nan(q.view(U64), a, b)
+    bits = with_nan(q.view(U64), a, b)
     inexact = np.isfinite(x) & np.isfinite(y) & (x != 0) & (y != 0)
     # Where nothing can underflow the sign of the remainder a - q b tells on which side of q the quotient lies.
     ex, ey, eq = (((v & ~_SIGN) >> U64(52)).astype(np.int64) for v in (a, b, bits))
@@ -198,7 +217,7 @@ def sqrt(a: Array, rnd: str) -> Array:
     """Square root."""
     x = a.view(F64)
     if rnd == "rn":
-        return _canonical(np.sqrt(x))
+        return with_nan(np.sqrt(x).view(U64), a)
     # Scaling by an even power of two keeps the remainder in range; the root scales exactly.
     tiny, huge = x < 2.0**-700, x > 2.0**700
     scaled = np.where(tiny, x * 2.0**600, np.where(huge, x * 2.0**-600, x))
@@ -206,4 +225,4 @@ def sqrt(a: Array, rnd: str) -> Array:
     p, pe = _two_product(s, s)
     e = np.where((x > 0) & np.isfinite(x), (scaled - p) - pe, F64(0))
     r = _step(s, e, rnd).view(F64)
-    return _canonical_any(np.where(tiny, r * 2.0**-300, np.where(huge, r * 2.0**300, r)))
+    return with_nan(np.where(tiny, r * 2.0**-300, np.where(huge, r * 2.0**300, r)).view(U64), a)

@@ -15,6 +15,8 @@ narrower format.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from dsv4_rt.emulator import alu_f64
@@ -45,6 +47,22 @@ def flush(ty: str, a: Array) -> Array:
     """Subnormals replaced by zeros of the same sign."""
     f = FORMATS[ty]
     return np.where(a & f.uint(f.exponent_mask) == 0, a & f.uint(f.sign), a)
+
+
+def flush_tiny(ty: str, bits: Array, exact: Callable[[], Array], rnd: str) -> Array:
+    """Zero for results that rounded up to the least normal number, yet lie below it at full precision.
+
+    Hardware flushes what is subnormal after a rounding with unbounded exponent (an H200); bits are rounded with the
+    subnormals' coarser step. exact() gives the results as float64, rounded to odd.
+    """
+    f = FORMATS[ty]
+    near = (bits & f.uint(f.sign - 1)) == f.uint(1 << f.mantissa)
+    if not near.any():
+        return bits
+    least, v = 2.0 ** (1 - f.bias), np.abs(exact())
+    # A tie goes to the least normal number, which is even; directed modes that went up left a whole step behind.
+    tiny = v < least * (1 - 2.0 ** -(f.mantissa + 2)) if rnd == "rn" else v <= least * (1 - 2.0 ** -(f.mantissa + 1))
+    return np.where(near & tiny, bits & f.uint(f.sign), bits)
 
 
 def saturate(ty: str, bits: Array) -> Array:
@@ -189,6 +207,8 @@ def sub(ty: str, a: Array, b: Array, *, rnd: str = "rn", ftz: bool = False, sat:
     if ty == "f32" and rnd == "rn" and not ftz:
         bits = canonical(a.view(F32) - b.view(F32))
         return saturate(ty, bits) if sat else bits
+    if ty == "f64":
+        return alu_f64.sub(a, b, rnd)
     f = FORMATS[ty]
     return add(ty, a, b ^ f.uint(f.sign), rnd=rnd, ftz=ftz, sat=sat)
 
@@ -205,6 +225,8 @@ def mul(ty: str, a: Array, b: Array, *, rnd: str = "rn", ftz: bool = False, sat:
         bits = f32_to_f16(to_f32(ty, a) * to_f32(ty, b))
     else:
         bits = round_to(ty, to_f64(ty, a) * to_f64(ty, b), rnd)
+    if ftz:
+        bits = flush_tiny(ty, bits, lambda: to_f64(ty, a) * to_f64(ty, b), rnd)
     return finish(ty, bits, ftz, sat) if ftz or sat else bits
 
 
@@ -220,6 +242,8 @@ def fma(
         bits = _fma_f32(a, b, c)
     else:
         bits = _sum(ty, to_f64(ty, a) * to_f64(ty, b), to_f64(ty, c), rnd)
+    if ftz:
+        bits = flush_tiny(ty, bits, lambda: odd_sum(to_f64(ty, a) * to_f64(ty, b), to_f64(ty, c)), rnd)
     return finish(ty, bits, ftz, sat, relu) if ftz or sat or relu else bits
 
 
@@ -276,7 +300,9 @@ def div(ty: str, a: Array, b: Array, *, rnd: str = "rn", ftz: bool = False) -> A
         # A quotient of 24-bit numbers that is not an f32 value or tie is 2^-49 or more away from all of them,
         # relatively, so that rounding it to 53 bits first changes nothing.
         bits = round_to(ty, to_f64(ty, a) / to_f64(ty, b), rnd)
-    return flush(ty, bits) if ftz else bits
+    if not ftz:
+        return bits
+    return flush(ty, flush_tiny(ty, bits, lambda: to_f64(ty, a) / to_f64(ty, b), rnd))
 
 
 def rcp(ty: str, a: Array, *, rnd: str = "rn", ftz: bool = False) -> Array:
@@ -300,15 +326,23 @@ def sqrt(ty: str, a: Array, *, rnd: str = "rn", ftz: bool = False) -> Array:
 # ---- sign -----------------------------------------------------------------------------------------------------------
 
 def neg(ty: str, a: Array, *, ftz: bool = False) -> Array:
-    """-a. NaN payloads: the ISA promises none; the sign bit flips."""
+    """-a. A NaN becomes the canonical one; f64 keeps its sign and payload (the ISA promises nothing)."""
     f = FORMATS[ty]
-    return (flush(ty, a) if ftz else a) ^ f.uint(f.sign)
+    return _fix_nan(ty, a, (flush(ty, a) if ftz else a) ^ f.uint(f.sign))
 
 
 def abs_(ty: str, a: Array, *, ftz: bool = False) -> Array:
-    """|a|. NaN payloads: the ISA promises none; the sign bit is cleared."""
+    """|a|. A NaN becomes the canonical one; f64 keeps its sign and payload (the ISA promises nothing)."""
     f = FORMATS[ty]
-    return (flush(ty, a) if ftz else a) & f.uint(f.sign - 1)
+    return _fix_nan(ty, a, (flush(ty, a) if ftz else a) & f.uint(f.sign - 1))
+
+
+def _fix_nan(ty: str, a: Array, bits: Array) -> Array:
+    f = FORMATS[ty]
+    nan = (a & f.uint(f.sign - 1)) > f.uint(f.inf)
+    if not nan.any():
+        return bits
+    return np.where(nan, a | alu_f64.QUIET if ty == "f64" else f.uint(f.nan), bits)
 
 
 def copysign(ty: str, a: Array, b: Array) -> Array:
@@ -318,7 +352,7 @@ def copysign(ty: str, a: Array, b: Array) -> Array:
 
 
 def testp(ty: str, what: str, a: Array) -> Array:
-    """testp: "finite" "infinite" "number" "notanumber" "normal" "subnormal"; zero is neither of the last two."""
+    """testp: "finite" "infinite" "number" "notanumber" "normal" "subnormal"; hardware counts zero as normal."""
     f = FORMATS[ty]
     magnitude = a & f.uint(f.sign - 1)
     inf, smallest = f.uint(f.inf), f.uint(1 << f.mantissa)
@@ -331,7 +365,7 @@ def testp(ty: str, what: str, a: Array) -> Array:
     if what == "notanumber":
         return magnitude > inf
     if what == "normal":
-        return (magnitude >= smallest) & (magnitude < inf)
+        return ((magnitude >= smallest) & (magnitude < inf)) | (magnitude == 0)
     if what == "subnormal":
         return (magnitude != 0) & (magnitude < smallest)
     raise unsupported("testp", what)

@@ -225,14 +225,14 @@ def int_div(ty: str, a: Array, b: Array) -> Array:
 
 
 def int_rem(ty: str, a: Array, b: Array) -> Array:
-    """a - b * (a / b), with the sign of a. x % 0 is x; INT_MIN % -1 is 0."""
+    """a - b * (a / b), with the sign of a. x % 0 is all ones on hardware; INT_MIN % -1 is 0."""
     value = VALUE[ty]
     if INT_TYPES[ty][1]:
         r = _negate_if(a.view(value) < 0, np.remainder(_magnitude(a, value), _magnitude(b, value)))
     else:
         r = np.remainder(a, b)
     zero = b == 0
-    return np.where(zero, a, r) if zero.any() else r
+    return np.where(zero, ~b, r) if zero.any() else r
 
 
 def int_min(ty: str, a: Array, b: Array, *, relu: bool = False) -> Array:
@@ -338,10 +338,17 @@ def cnot(ty: str, a: Array) -> Array:
 
 # ---- bit fields -----------------------------------------------------------------------------------------------------
 
+def _field(bits: int, pos: Array, length: Array) -> tuple[Array, Array]:
+    """The PTX ISA lets only the low 8 bits count. The 64-bit forms are made of shifts that see all 32 (an H200)."""
+    if bits == 32:
+        return pos & U32(0xFF), length & U32(0xFF)
+    return np.minimum(pos, U32(0xFF)), np.minimum(length, U32(0xFF))
+
+
 def bfe(ty: str, a: Array, pos: Array, length: Array) -> Array:
-    """Bits pos .. pos+length-1 of a, zero- or sign-extended. Only the low 8 bits of pos and length count."""
+    """Bits pos .. pos+length-1 of a, zero- or sign-extended. The low 8 bits of pos and length count (see _field)."""
     bits, signed = INT_TYPES[ty]
-    pos, length = pos & U32(0xFF), length & U32(0xFF)
+    pos, length = _field(bits, pos, length)
     # A right shift by pos fills with zeros or signs; what lies above length is then cut off or replaced by the
     # field's sign.
     field = shr(f"u{bits}", a, pos)
@@ -356,9 +363,9 @@ def bfe(ty: str, a: Array, pos: Array, length: Array) -> Array:
 
 
 def bfi(ty: str, a: Array, b: Array, pos: Array, length: Array) -> Array:
-    """b with bits pos .. pos+length-1 replaced by the low bits of a. Only the low 8 bits of pos and length count."""
+    """b with bits pos .. pos+length-1 replaced by the low bits of a. The low 8 bits of pos and length count."""
     word = f"u{INT_TYPES[ty][0]}"
-    pos, length = pos & U32(0xFF), length & U32(0xFF)
+    pos, length = _field(INT_TYPES[ty][0], pos, length)
     one = b.dtype.type(1)
     mask = shl(word, shl(word, np.asarray(one), length) - one, pos)
     return (b & ~mask) | (shl(word, a, pos) & mask)
@@ -440,7 +447,9 @@ def fns(mask: Array, base: Array, offset: Array) -> Array:
     wanted = np.where(offset_s == 0, I32(1), np.abs(offset_s))
     side = np.where(up[..., None], position >= at, position <= at) & ((offset_s != 0)[..., None] | (position == at))
     hit = (ones != 0) & side & (rank == wanted[..., None])
-    return np.where(hit.any(axis=-1), np.argmax(hit, axis=-1).astype(U32), U32(0xFFFFFFFF))
+    found = np.where(hit.any(axis=-1), np.argmax(hit, axis=-1).astype(U32), U32(0xFFFFFFFF))
+    # -2^31 has no magnitude in 32 bits: the GPU's search ends at once.
+    return np.where(offset == U32(0x80000000), U32(0), found)
 
 
 # Selectors of the named prmt modes, indexed by the low two bits of c: nibble i chooses byte i of the result.

@@ -41,6 +41,8 @@ def run(
         return old
     # PTX ISA, atom: add.f32 on global memory flushes subnormal inputs and results, on shared memory it does not.
     ftz = ty == "f32" and isinstance(space, Memory) and not noftz
+    if ty == "f64" and op == "add" and isinstance(space, Memory):
+        op = "add.raw"
     result: Array | None = space.atomic(addr, base, k, lambda view, at: _update(view, at, op, ty, values, want, ftz))
     return result
 
@@ -55,8 +57,16 @@ def _apply(op: str, ty: str, old: Array, values: tuple[Array, ...], ftz: bool) -
         return np.where(old >= b, old.dtype.type(0), old + old.dtype.type(1))
     if op == "dec":
         return np.where((old == 0) | (old > b), b, old - old.dtype.type(1))
+    if op == "add.raw":
+        # The memory's adder passes a NaN as it is, the operand's before its own; shared memory's is the thread's adder.
+        r = alu.add(ty, b, old)
+        for each in (old, b):
+            r = np.where(np.isnan(each.view(np.float64)), each, r)
+        return r
     if ty in _FLOATS:
         if op == "add":
+            if ty == "f64":
+                return alu.add(ty, b, old)
             return alu.add2(ty, old, b) if ty.endswith("x2") else alu.add(ty, old, b, ftz=ftz)
         pick = alu.minimum if op == "min" else alu.maximum
         if ty.endswith("x2"):

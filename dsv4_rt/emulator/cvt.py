@@ -16,6 +16,7 @@ from dsv4_rt.emulator.alu_float import (
     f32_to_f16,
     finish,
     flush,
+    flush_tiny,
     odd_sum,
     round_f32,
     to_f32,
@@ -128,15 +129,19 @@ def _round(dst: str, v: Array, rnd: str) -> Array:
 def _float_to_float(
     dst: str, src: str, a: Array, rnd: str | None, ftz: bool, sat: bool, satfinite: bool, relu: bool
 ) -> Array:
-    if ftz and src == "f32":
+    if ftz and src == "f32" and dst in ("f32", "f64"):
         a = flush(src, a)
     if rnd in _TO_INTEGRAL:
         x = _TO_INTEGRAL[rnd](to_f64(src, a))
-        bits = _canonical_f64(x) if dst == "f64" else _round(dst, x, "rn")
+        bits = _keep_nan(dst, src, a, x.view(U64)) if dst == "f64" else _round(dst, x, "rn")
     elif dst == src:
-        bits = _canonical(FORMATS[dst], a)
+        # Without a modifier a 32- or 64-bit register just moves; NaN keeps every bit.
+        moves = dst == "f64" or (dst == "f32" and not (ftz or sat or relu))
+        bits = a if moves else _canonical(FORMATS[dst], a)
     elif dst == "f64":
-        bits = _canonical_f64(to_f64(src, a))
+        # .ftz makes two steps of it, and the first has f32's NaN.
+        a = _canonical(F32_, a) if ftz else a
+        bits = _keep_nan(dst, src, a, to_f64(src, a).view(U64))
     elif dst == "f32" and src == "bf16":
         # A shift on hardware: NaN payloads pass.
         bits = a.astype(U32) << U32(16)
@@ -145,9 +150,10 @@ def _float_to_float(
     elif src == "f32" and (rnd or "rn") == "rn" and not satfinite:
         bits = f32_to_bf16(a) if dst == "bf16" else f32_to_f16(a.view(F32))
     elif dst == "f32":
-        bits = round_f32(a.view(F64), rnd or "rn")
+        bits = _keep_nan(dst, src, a, round_f32(a.view(F64), rnd or "rn"))
+        bits = flush_tiny(dst, bits, lambda: a.view(F64), rnd or "rn") if ftz else bits
     elif src == "f64":
-        bits = encode(a, F64_, FORMATS[dst], rnd or "rn", satfinite=satfinite)
+        bits = _keep_nan(dst, src, a, encode(a, F64_, FORMATS[dst], rnd or "rn", satfinite=satfinite))
     else:
         bits = encode(to_f32(src, a).view(U32), F32_, FORMATS[dst], rnd or "rn", satfinite=satfinite)
     # cvt.ftz flushes f32 only, on either side.
@@ -158,17 +164,33 @@ def _canonical(f: Format, a: Array) -> Array:
     return np.where((a & f.uint(f.sign - 1)) > f.uint(f.inf), f.uint(f.nan), a)
 
 
-def _canonical_f64(x: Array) -> Array:
-    return _canonical(F64_, x.view(U64))
+def _keep_nan(dst: str, src: str, a: Array, bits: Array) -> Array:
+    """Conversions from and to f64 keep a NaN's sign and the upper bits of its payload, quieted (an H200)."""
+    s, d = FORMATS[src], FORMATS[dst]
+    nan = (a & s.uint(s.sign - 1)) > s.uint(s.inf)
+    if not nan.any():
+        return bits
+    wide = a.astype(U64)
+    sign = (wide >> U64(s.bits - 1)) << U64(d.bits - 1)
+    payload = wide & U64((1 << s.mantissa) - 1)
+    up = d.mantissa - s.mantissa
+    payload = payload << U64(up) if up >= 0 else payload >> U64(-up)
+    return np.where(nan, (sign | payload | U64(d.inf | 1 << (d.mantissa - 1))).astype(d.uint), bits)
 
 
 _TF32 = Format("tf32", U32, 19, 10, 127, 0x3FBFF, 0x3FFFF, True)
 
 
 def _to_tf32(a: Array, rnd: str, satfinite: bool, relu: bool) -> Array:
-    r = encode(a, F32_, _TF32, rnd, satfinite=satfinite) << U32(13)
-    # The low 13 bits are zero but for NaN, which is f32's.
-    r = np.where((r & U32(0x7FFFFFFF)) > U32(0x7F800000), U32(0x7FFFFFFF), r)
+    """The low 13 bits are zero, in NaN too. rna is made of integer steps on hardware: a NaN is cut, not canonical, and
+    satfinite takes one unit off whatever is infinite or NaN.
+    """
+    magnitude = a & U32(0x7FFFFFFF)
+    nan = magnitude > U32(0x7F800000)
+    r = encode(a, F32_, _TF32, rnd, satfinite=satfinite and rnd != "rna") << U32(13)
+    r = np.where(nan, a & U32(0xFFFFE000) if rnd == "rna" else U32(0x7FFFE000), r)
+    if satfinite and rnd == "rna":
+        r = np.where((r & U32(0x7FFFFFFF)) >= U32(0x7F800000), r - U32(0x2000), r)
     return finish("f32", r, False, False, relu)
 
 

@@ -53,7 +53,8 @@ class Format:
         return self.sign - (1 << self.mantissa)
 
 
-# PTX writes one canonical NaN per type. For f64 the hardware's choice (this one, or the payload kept) is unconfirmed.
+# PTX writes one canonical NaN per type. f64 keeps the payload of a NaN operand (alu_f64.with_nan); this is its NaN of
+# invalid operations.
 F64_ = Format("f64", U64, 64, 52, 1023, 0x7FEFFFFFFFFFFFFF, 0xFFF8000000000000, True)
 F32_ = Format("f32", U32, 32, 23, 127, 0x7F7FFFFF, 0x7FFFFFFF, True)
 F16_ = Format("f16", U16, 16, 10, 15, 0x7BFF, 0x7FFF, True)
