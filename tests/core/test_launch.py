@@ -281,7 +281,8 @@ def test_a_fault_of_others_is_not_blamed_on_us(gpu):
         fill = load({PROBE!r}, "fill")
         fill.launch(1, 32, out, np.int32(32), np.int32(0))
         device.synchronize()
-        cupy.RawKernel('extern "C" __global__ void bad(long long a) {{ *(volatile int*)a = 1; }}', "bad")((1,), (1,), (8,))
+        bad = cupy.RawKernel('extern "C" __global__ void bad(long long a) {{ *(volatile int*)a = 1; }}', "bad")
+        bad((1,), (1,), (8,))
         try:
             device.numpy(out)
         except dsv4_rt.DeviceError as error:

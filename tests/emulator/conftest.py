@@ -20,3 +20,10 @@ def emulate(capsys, monkeypatch, tmp_path):
         return code, out, err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def kept_ptx(pytestconfig, tmp_path_factory):
+    """kept_ptx(name) -> a folder for compiled programs that outlives the run, where pytest keeps a cache."""
+    cache = getattr(pytestconfig, "cache", None)
+    return cache.mkdir if cache is not None else tmp_path_factory.mktemp

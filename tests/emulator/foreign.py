@@ -15,6 +15,8 @@ from cuda.bindings import nvrtc
 
 HERE = Path(__file__).parent
 
+TRITON = "3.9.0"  # as pyproject.toml names it: another version compiles to other programs
+
 
 def cuda_include() -> Path:
     """The include folder of nvidia-cuda-runtime and nvidia-cuda-cccl, which share it."""
@@ -52,11 +54,11 @@ def compile_cccl(name: str, arch: str, folder: Path) -> str:
         _, program = nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], [])
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [each.encode() for each in options])
         _, size = nvrtc.nvrtcGetProgramLogSize(program)
-        log = b" " * size
+        log = bytearray(size)  # filled in place: an immutable b" " would be the interpreter's own
         nvrtc.nvrtcGetProgramLog(program, log)
         assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
         _, size = nvrtc.nvrtcGetPTXSize(program)
-        text = b" " * size
+        text = bytearray(size)
         nvrtc.nvrtcGetPTX(program, text)
         nvrtc.nvrtcDestroyProgram(program)
         return text.decode().rstrip("\0")
@@ -67,6 +69,8 @@ def compile_cccl(name: str, arch: str, folder: Path) -> str:
 def compile_triton(name: str, arch: str, folder: Path) -> tuple[str, int]:
     """A kernel of triton_programs.py as (PTX, bytes of dynamic shared memory), compiled without a GPU."""
     triton = pytest.importorskip("triton", reason="triton is not installed")
+    if triton.__version__ != TRITON:
+        pytest.skip(f"triton {TRITON} is what these programs are written for, not {triton.__version__}")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton_programs import PROGRAMS

@@ -27,11 +27,11 @@ def compile_ptx(source: str, arch: str, names: tuple[str, ...] = (), name: str =
     options = [f"--gpu-architecture={arch}".encode(), b"-lineinfo", b"--std=c++17"]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     _, size = nvrtc.nvrtcGetProgramLogSize(program)
-    log = b" " * size
+    log = bytearray(size)  # filled in place: an immutable b" " would be the interpreter's own
     nvrtc.nvrtcGetProgramLog(program, log)
     assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
     _, size = nvrtc.nvrtcGetPTXSize(program)
-    text = b" " * size
+    text = bytearray(size)
     nvrtc.nvrtcGetPTX(program, text)
     nvrtc.nvrtcDestroyProgram(program)
     return text.decode().rstrip("\0")

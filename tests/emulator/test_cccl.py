@@ -9,9 +9,9 @@ pytestmark = pytest.mark.parametrize("arch", ARCHITECTURES)
 
 
 @pytest.fixture(scope="module")
-def launch(pytestconfig):
+def launch(kept_ptx):
     """launch(file, entry, grid, block, *args, arch=...): each file is compiled once an architecture."""
-    folder = pytestconfig.cache.mkdir("cccl")
+    folder = kept_ptx("cccl")
 
     def run(name, entry, grid, block, *args, arch, **options):
         return run_ptx(compile_cccl(name, arch, folder), entry, grid, block, *args, arch=arch, **options)

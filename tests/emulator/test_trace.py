@@ -40,7 +40,7 @@ def test_trace_of_a_warp_with_cuda_lines(emulate):
         assert ("thread 0,0,0" in line) if not mask else (f"warp 0 lanes {mask}" in line)
         assert "sum.cu:10" in line
     assert additions[-1].endswith("=40896.0")
-    loads = [line for line in trace if "ld.shared.b32" in line]
+    loads = [line for line in trace if "ld.shared." in line]
     assert re.search(r"=\[(\d+\.0 ?)+\]$", loads[0])  # bits that an addition of floats takes are shown as floats
 
 

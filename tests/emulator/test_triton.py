@@ -15,9 +15,9 @@ THREADS = {"layernorm": 256, "absmax_fp8": 64, "top_k": 64, "two_axes": 64} | di
 
 
 @pytest.fixture
-def launch(pytestconfig, arch):
+def launch(kept_ptx, arch):
     """launch(name, grid, *args, **options): the entry takes two scratch pointers more, which stay null."""
-    folder = pytestconfig.cache.mkdir("triton")
+    folder = kept_ptx("triton")
 
     def run(name, grid, *args, **options):
         ptx, shared = compile_triton(name, arch, folder)
