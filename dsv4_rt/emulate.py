@@ -164,7 +164,7 @@ def _shared_bytes(module: Module, name: str) -> int:
     """Static shared memory. Translates the whole kernel, so whatever is not implemented is refused here."""
     try:
         return module.program(name).shared_bytes
-    except (KeyError, IndexError, ValueError, NotImplementedError) as error:
+    except (KeyError, IndexError, ValueError) as error:
         raise EmulatorError(f"{name} cannot be read as PTX: {error!r}") from None
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
+from dsv4_rt.errors import EmulatorError
+
 # Every type name that may stand as a modifier: bits of the whole (packed) value and its kind.
 # Kinds: b untyped bits, u unsigned, s signed, f floating point (packed forms included), p predicate.
 TYPES: dict[str, tuple[int, str]] = {
@@ -311,7 +313,7 @@ def build_blocks(function: Function, first: int) -> list[Block]:
 def _label(function: Function, name: str, ins: Instr) -> int:
     found = function.lookup(name, ins.scope)
     if found is None:
-        raise KeyError(f"PTX line {ins.line}: no label {name}")
+        raise EmulatorError(f"PTX line {ins.line}: no label {name}")
     return found
 
 

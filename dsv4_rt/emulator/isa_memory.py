@@ -6,6 +6,7 @@ from dsv4_rt.emulator.codegen import Emitter, Mods, handles, split_pair, var_of
 from dsv4_rt.emulator.ir import TYPES, Address, Instr, Number, Operand, Reg, Sink, Sym, Vector
 from dsv4_rt.emulator.isa_arith import result
 from dsv4_rt.emulator.races import kind_of
+from dsv4_rt.errors import EmulatorError
 
 _CACHE = (
     "nc", "ca", "cg", "cs", "lu", "cv", "wb", "wt", "L1::no_allocate", "L1::evict_first", "L1::evict_last",
@@ -52,7 +53,7 @@ def _base(e: Emitter, expr: str) -> str:
 def address(e: Emitter, operand: Operand, space: str) -> str:
     """A lane-shaped array of addresses."""
     if not isinstance(operand, Address):
-        raise NotImplementedError
+        raise EmulatorError(f"PTX line {e.ins.line if e.ins else 0}: an address in brackets is wanted")
     base = operand.base
     if isinstance(base, Reg):
         e.check_set(base, "an address")

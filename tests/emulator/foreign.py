@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from cuda.bindings import nvrtc
+from programs import nvrtc_ptx
 
 HERE = Path(__file__).parent
 
@@ -51,17 +52,7 @@ def compile_cccl(name: str, arch: str, folder: Path) -> str:
     build = f"{nvrtc.nvrtcVersion()} {options}".encode()
 
     def make() -> str:
-        _, program = nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], [])
-        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [each.encode() for each in options])
-        _, size = nvrtc.nvrtcGetProgramLogSize(program)
-        log = bytearray(size)  # filled in place: an immutable b" " would be the interpreter's own
-        nvrtc.nvrtcGetProgramLog(program, log)
-        assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
-        _, size = nvrtc.nvrtcGetPTXSize(program)
-        text = bytearray(size)
-        nvrtc.nvrtcGetPTX(program, text)
-        nvrtc.nvrtcDestroyProgram(program)
-        return text.decode().rstrip("\0")
+        return nvrtc_ptx(source, f"{name}.cu", options)
 
     return kept(folder, b"\0".join((source.encode(), version, build)), make)
 

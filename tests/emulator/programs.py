@@ -21,11 +21,15 @@ using i64 = long long;
 @cache
 def compile_ptx(source: str, arch: str, names: tuple[str, ...] = (), name: str = "program.cu") -> str:
     """CUDA source to PTX, with line information. The compiler's log is the message of the AssertionError on failure."""
+    return nvrtc_ptx(source, name, [f"--gpu-architecture={arch}", "-lineinfo", "--std=c++17"], names)
+
+
+def nvrtc_ptx(source: str, name: str, options: list[str], names: tuple[str, ...] = ()) -> str:
+    """CUDA source to PTX by NVRTC, without this package's own compiler."""
     _, program = nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], [])
     for each in names:
         nvrtc.nvrtcAddNameExpression(program, each.encode())
-    options = [f"--gpu-architecture={arch}".encode(), b"-lineinfo", b"--std=c++17"]
-    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [each.encode() for each in options])
     _, size = nvrtc.nvrtcGetProgramLogSize(program)
     log = bytearray(size)  # filled in place: an immutable b" " would be the interpreter's own
     nvrtc.nvrtcGetProgramLog(program, log)

@@ -277,7 +277,7 @@ def test_launches_that_cannot_be(emulate, tmp_path):
     refused(emulate("nothing.ptx"), "cannot read nothing.ptx: No such file")
     refused(emulate("tiny.ptx", *args("out:no/where.npy:i32:32", "u32:0")), "cannot write no/where.npy")
     (tmp_path / "bad.ptx").write_text(TINY[:-3] + "bra nowhere;\n}\n")
-    refused(emulate("bad.ptx", *specs), "tiny cannot be read as PTX", "no label nowhere")
+    refused(emulate("bad.ptx", *specs), "no label nowhere")
     (tmp_path / "cut.ptx").write_text(TINY[: TINY.index("{") - 20])
     refused(emulate("cut.ptx", *specs))
     for option in (("--grid", "0"), ("--grid", "1,2,3,4"), ("--block", "a"), ("--arch", "sm_80"), ("--shared", "-1")):

@@ -247,3 +247,18 @@ def test_packed_f32_pairs_and_three_operand_maximum():
         dtype=np.float32,
     )
     np.testing.assert_array_equal(y, np.maximum(np.arange(32) * 2 + 2, 20).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("bra NOWHERE;", "PTX line 6: no label NOWHERE"),
+        ("ld.global.b32 %r1, %r1;", "PTX line 6: an address in brackets is wanted"),
+    ],
+)
+def test_what_no_compiler_writes_is_an_error_with_its_line(body, message):
+    head = ".version 8.5\n.target sm_90a\n.address_size 64\n.visible .entry f()\n"
+    text = f"{head}{{ .reg .b32 %r<2>;\n{body}\nret; }}\n"
+    machine = Machine("sm_90a")
+    with pytest.raises(EmulatorError, match=message):
+        machine.launch(machine.load(text, "f.ptx"), "f", (1, 1, 1), (32, 1, 1), b"")
