@@ -251,10 +251,11 @@ class Tile:
 
 
 def activation_topk_tile(N: int, E: int, k: int) -> Tile:
-    """The tile for a shape. bench/router.py on an H200, cold, k = 6:
+    """The tile for a shape. bench/results/h200-activation-topk-tiles.txt, H200, cold, k = 6:
 
-    up to 512 rows one warp a block is 1 to 2 % ahead of four (more SMs start at once); from 3072 rows of up to 256 two
-    rows a warp are 1 to 12 % ahead of one (8192 x 256: 5.9 against 6.3 us); wider rows would cost too many registers.
+    up to 512 rows one warp a block is 3 to 6 % ahead of four under programmatic dependent launch and as fast without;
+    from 3072 rows of 256 two rows a warp are 2 to 14 % ahead of one (8192: 5.86 against 6.28 us); rows of 384 gain
+    from it at 16384 only, and would need 80 registers.
     """
     if N <= 512:
         return Tile(32, 1)

@@ -1,9 +1,17 @@
 """Fixtures of the emulator's tests."""
 
+import numpy as np
 import pytest
 from emulating import ADD, SUM, TINY
 
 from dsv4_rt import cli
+
+
+@pytest.fixture
+def quiet():
+    """What the machine does around its programs, for tests that call the arithmetic directly."""
+    with np.errstate(all="ignore"):
+        yield
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from fractions import Fraction
 
 import ml_dtypes
@@ -12,6 +11,8 @@ import pytest
 
 from dsv4_rt.emulator import alu
 from dsv4_rt.errors import UnsupportedInstruction
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 INTEGERS = {f"{k}{w}": (w, k == "s") for k in "us" for w in (8, 16, 32, 64)}
 UINT = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
@@ -28,19 +29,6 @@ NARROW = {
     "e3m2": (ml_dtypes.float6_e3m2fn, 0x20, 0x1F, 0x1F),
     "e2m1": (ml_dtypes.float4_e2m1fn, 0x08, 0x07, 0x07),
 }
-
-
-@pytest.fixture
-def rng():
-    seed = int.from_bytes(os.urandom(4), "little")
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    with np.errstate(all="ignore"):
-        yield
 
 
 def f32(*values):

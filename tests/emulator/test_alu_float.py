@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from fractions import Fraction
 
 import numpy as np
@@ -11,6 +10,8 @@ import pytest
 
 from dsv4_rt.emulator import alu
 from dsv4_rt.errors import UnsupportedInstruction
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 # (unsigned dtype, explicit mantissa bits, exponent bias, canonical NaN)
 FORMATS = {
@@ -21,19 +22,6 @@ FORMATS = {
 }
 MODES = ["rn", "rz", "rm", "rp"]
 NAN, INF = "nan", "inf"
-
-
-@pytest.fixture
-def rng():
-    seed = int.from_bytes(os.urandom(4), "little")
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    with np.errstate(all="ignore"):
-        yield
 
 
 # ---- the reference --------------------------------------------------------------------------------------------------

@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import os
 
 import numpy as np
 import pytest
 
 from dsv4_rt.emulator import alu
 
+pytestmark = pytest.mark.usefixtures("quiet")
+
 TYPES = {f"{k}{w}": (w, k == "s") for k in "us" for w in (16, 32, 64)}
 UINT = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 COUNTS = [0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 255, 256, 65535, 65536, 2**31, 2**31 + 1, 2**32 - 1]
-
-
-@pytest.fixture
-def rng():
-    seed = int.from_bytes(os.urandom(4), "little")
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    with np.errstate(all="ignore"):
-        yield
 
 
 def signed(v, w):
