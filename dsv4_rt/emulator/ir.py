@@ -226,9 +226,14 @@ def is_warp_sync(ins: Instr) -> bool:
     return ins.op in WARP_SYNC or (ins.op in ("bar", "barrier") and "warp" in ins.mods)
 
 
+def is_wait(ins: Instr) -> bool:
+    """Whether threads may be suspended at this instruction until an mbarrier's phase is complete."""
+    return ins.op == "mbarrier" and "try_wait" in ins.mods
+
+
 def is_sync(ins: Instr) -> bool:
-    """Whether threads meet at this instruction; a block starts there."""
-    return ins.op in WARP_SYNC or (ins.op in ("bar", "barrier") and "arrive" not in ins.mods)
+    """Whether threads meet, or wait, at this instruction; a block starts there."""
+    return ins.op in WARP_SYNC or is_wait(ins) or (ins.op in ("bar", "barrier") and "arrive" not in ins.mods)
 
 
 @dataclass(slots=True, eq=False)
