@@ -35,7 +35,7 @@ class _Pointer:
 
 
 POINTER: Final = _Pointer()  # an argument of `prepare`: an address that `Prepared.launch` writes
-_BY_VALUE = (np.generic, bytes, bytearray, TensorMap, int, float)  # int and float are refused by `prepare`: their width is unknown
+_BY_VALUE = (np.generic, bytes, bytearray, TensorMap, int, float)  # `prepare` refuses int and float: of unknown width
 MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_CLUSTER = 16  # blocks; more than 8 is not portable but what H200 and B200 can do
 

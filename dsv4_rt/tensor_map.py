@@ -44,8 +44,8 @@ class TensorMap:
     """How TMA sees an array: a tensor of up to five axes, and the box that one instruction moves.
 
     Args:
-        array: any framework's array, kept alive by the map. The last axis is contiguous, the others may be strided, also
-            overlapping; 16-byte aligned.
+        array: any framework's array, kept alive by the map. The last axis is contiguous, the others may be strided or
+            overlap; 16-byte aligned.
         box: elements an instruction moves, for each axis, at most 256; the row (last axis) has a multiple of 16 bytes.
         dtype: the element type by its PTX name; that of the array if None. "tf32" of a float32 array rounds what is
             loaded to the nearest tf32; "u4x16" of a uint8 array counts its nibbles (not on sm_90a).
@@ -187,9 +187,9 @@ def _layout(v: View, bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(shape in elements, strides in bytes) of the array, as elements of so many bits."""
     size = v.dtype.itemsize
     if bits != 8 * size and not (bits == 4 and size == 1):
-        raise ArgumentError(f"TensorMap: elements of {bits} bits of a {v.dtype.name} array, whose elements have {8 * size}")
+        raise ArgumentError(f"TensorMap: elements of {bits} bits, of a {v.dtype.name} array")
     if v.shape[-1] > 1 and v.strides[-1] != 1:
-        raise ArgumentError(f"TensorMap: the last axis of the array must be contiguous, it steps {v.strides[-1]} elements")
+        raise ArgumentError(f"TensorMap: the array's last axis steps {v.strides[-1]} elements; it must be contiguous")
     shape = (*v.shape[:-1], v.shape[-1] * 2) if bits == 4 else v.shape
     # Nobody steps along an axis of one element: any legal stride serves, and frameworks give odd ones.
     strides = tuple(s * size if n > 1 else 16 for n, s in zip(v.shape[:-1], v.strides[:-1], strict=True))

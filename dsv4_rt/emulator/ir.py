@@ -236,9 +236,14 @@ def is_cluster_wait(ins: Instr | None) -> bool:
     return ins is not None and ins.op == "barrier" and "cluster" in ins.mods and "wait" in ins.mods
 
 
+def is_wait(ins: Instr) -> bool:
+    """Whether threads may be suspended at this instruction until an mbarrier's phase is complete."""
+    return ins.op == "mbarrier" and "try_wait" in ins.mods
+
+
 def is_sync(ins: Instr) -> bool:
-    """Whether threads meet at this instruction; a block starts there."""
-    return is_warp_sync(ins) or (ins.op in ("bar", "barrier") and "arrive" not in ins.mods)
+    """Whether threads meet, or wait, at this instruction; a block starts there."""
+    return is_warp_sync(ins) or is_wait(ins) or (ins.op in ("bar", "barrier") and "arrive" not in ins.mods)
 
 
 @dataclass(slots=True, eq=False)

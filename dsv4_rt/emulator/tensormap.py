@@ -102,13 +102,10 @@ def encode(fields: Mapping[str, Any]) -> bytes:
         raise EmulatorError(f"tensor map: dtype {fields['dtype']!r} is none of {', '.join(DTYPES)}")
     if fields["swizzle"] not in SWIZZLES:
         raise EmulatorError(f"tensor map: swizzle {fields['swizzle']!r} is not implemented by the emulator")
-    names = ("shape", "strides", "box", "element_strides")
-    return _pack(
-        TileMap(
-            fields["dtype"], int(fields["address"]), *(tuple(int(n) for n in fields[name]) for name in names),
-            fields["swizzle"], fields["oob_fill"],
-        )
-    )  # fmt: skip
+    sizes = [tuple(int(n) for n in fields[name]) for name in ("shape", "strides", "box", "element_strides")]
+    shape, strides, box, steps = sizes
+    address = int(fields["address"])
+    return _pack(TileMap(fields["dtype"], address, shape, strides, box, steps, fields["swizzle"], fields["oob_fill"]))
 
 
 def _pack(tile: TileMap) -> bytes:
