@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from dsv4_rt.emulator import collective
 from dsv4_rt.emulator.intrinsics import EXTERNAL
-from dsv4_rt.emulator.ir import Block, Instr, Number, Operand, Reg, Sym, is_warp_sync
+from dsv4_rt.emulator.ir import Block, Instr, Number, Operand, Reg, Sym, is_warp_sync, sync_mask
 from dsv4_rt.emulator.memory import LOCAL_FIRST, LaneFault, LaneMemory
 from dsv4_rt.emulator.races import Races, RacyGeneric, RacyShared
 from dsv4_rt.emulator.report import LaunchReport, Triple, fault, where
@@ -266,7 +266,7 @@ class Batch:
                 living = collective.warp_bits(self.nlanes, np.nonzero(self.alive)[0])[at >> 5]
                 self._let_go(each, mask & living & ~present == 0)
             return
-        mask = self._operand(key, sync.args[-1], lanes)
+        mask = self._operand(key, sync_mask(sync), lanes)
         self._let_go(key, collective.complete(self.nlanes, lanes, mask, self.alive))
 
     def _is_warp_barrier(self, key: Key) -> bool:
@@ -276,7 +276,7 @@ class Batch:
     def _mask_of(self, key: Key) -> Operand:
         sync = self.program.blocks[key[1]].sync
         assert sync is not None
-        return sync.args[-1]
+        return sync_mask(sync)
 
     def _let_go(self, key: Key, free: Array) -> None:
         group = self.parked[key]
@@ -615,7 +615,7 @@ class Batch:
             return []
         lane = int(group.lanes[0])
         if is_warp_sync(sync):
-            mask = int(self._operand(key, sync.args[-1], group.lanes[:1])[0])
+            mask = int(self._operand(key, sync_mask(sync), group.lanes[:1])[0])
             here = int(collective.warp_bits(self.nlanes, group.lanes)[lane >> 5])
             living = int(collective.warp_bits(self.nlanes, np.nonzero(self.alive)[0])[lane >> 5])
             return [f"    its mask {mask:#010x} names lanes that are elsewhere: {mask & living & ~here:#010x}"]

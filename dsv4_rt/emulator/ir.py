@@ -217,13 +217,19 @@ def sources(ins: Instr) -> list[Reg]:
     return found
 
 
-WARP_SYNC = frozenset({"shfl", "vote", "match", "redux", "elect"})
+MATRIX = frozenset({"mma", "ldmatrix", "stmatrix", "movmatrix"})  # the whole warp, without a mask
+WARP_SYNC = frozenset({"shfl", "vote", "match", "redux", "elect"}) | MATRIX
 ENDS = frozenset({"bra", "ret", "exit", "trap", "brkpt", "call", "brx"})
 
 
 def is_warp_sync(ins: Instr) -> bool:
     """Whether the named lanes of a warp meet at this instruction."""
     return ins.op in WARP_SYNC or (ins.op in ("bar", "barrier") and "warp" in ins.mods)
+
+
+def sync_mask(ins: Instr) -> Operand:
+    """The mask operand of a warp-wide instruction."""
+    return Number(0xFFFFFFFF) if ins.op in MATRIX else ins.args[-1]
 
 
 def is_sync(ins: Instr) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_rt.emulator import isa_arith, isa_memory  # noqa: F401  they register the instructions
+from dsv4_rt.emulator import isa_arith, isa_memory, isa_mma  # noqa: F401  they register the instructions
 from dsv4_rt.emulator.batch import PATIENCE, Batch, Grid
 from dsv4_rt.emulator.codegen import Code, Layout, chain, compile_block, new_namespace, translate_block
 from dsv4_rt.emulator.intrinsics import EXTERNAL
