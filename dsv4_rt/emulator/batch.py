@@ -28,10 +28,10 @@ from dsv4_rt.emulator.ir import (
     Operand,
     Reg,
     Sym,
-    is_cluster_arrive,
     is_cluster_wait,
     is_wait,
     is_warp_sync,
+    sync_mask,
 )
 from dsv4_rt.emulator.mbarrier import Mbarriers
 from dsv4_rt.emulator.memory import LOCAL_FIRST, LaneFault, LaneMemory
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 Key = tuple[int, int]  # (-call depth, block)
 U32 = np.uint32
-EVERYONE = Number(0xFFFFFFFF)  # the mask of a warp
 SPINS = 16  # polls in vain before a group gives way
 EXPIRIES = 8  # times all waits of mbarriers may expire in vain before it is a deadlock
 PATIENCE = 2000  # times everyone may poll in vain before it is a deadlock
@@ -383,7 +382,7 @@ class Batch:
                 living = collective.warp_bits(self.nlanes, np.nonzero(self.alive)[0])[at >> 5]
                 self._let_go(each, mask & living & ~present == 0)
             return
-        mask = self._operand(key, EVERYONE if is_cluster_arrive(sync) else sync.args[-1], lanes)
+        mask = self._operand(key, sync_mask(sync), lanes)
         self._let_go(key, collective.complete(self.nlanes, lanes, mask, self.alive))
 
     def _wait_at_cluster(self, key: Key, sync: Instr, group: Group) -> None:
@@ -423,7 +422,7 @@ class Batch:
     def _mask_of(self, key: Key) -> Operand:
         sync = self.program.blocks[key[1]].sync
         assert sync is not None
-        return sync.args[-1]
+        return sync_mask(sync)
 
     def _let_go(self, key: Key, free: Array) -> None:
         group = self.parked[key]
@@ -804,8 +803,7 @@ class Batch:
         if is_cluster_wait(sync) and self.clusters is not None:
             return [self.clusters.waiting_for(lane)]
         if is_warp_sync(sync):
-            operand = EVERYONE if is_cluster_arrive(sync) else sync.args[-1]
-            mask = int(self._operand(key, operand, group.lanes[:1])[0])
+            mask = int(self._operand(key, sync_mask(sync), group.lanes[:1])[0])
             here = int(collective.warp_bits(self.nlanes, group.lanes)[lane >> 5])
             living = int(collective.warp_bits(self.nlanes, np.nonzero(self.alive)[0])[lane >> 5])
             return [f"    its mask {mask:#010x} names lanes that are elsewhere: {mask & living & ~here:#010x}"]

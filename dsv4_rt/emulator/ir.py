@@ -217,7 +217,8 @@ def sources(ins: Instr) -> list[Reg]:
     return found
 
 
-WARP_SYNC = frozenset({"shfl", "vote", "match", "redux", "elect"})
+MATRIX = frozenset({"mma", "ldmatrix", "stmatrix", "movmatrix"})  # the whole warp, without a mask
+WARP_SYNC = frozenset({"shfl", "vote", "match", "redux", "elect"}) | MATRIX
 ENDS = frozenset({"bra", "ret", "exit", "trap", "brkpt", "call", "brx"})
 
 
@@ -239,6 +240,11 @@ def is_cluster_wait(ins: Instr | None) -> bool:
 def is_wait(ins: Instr) -> bool:
     """Whether threads may be suspended at this instruction until an mbarrier's phase is complete."""
     return ins.op == "mbarrier" and "try_wait" in ins.mods
+
+
+def sync_mask(ins: Instr) -> Operand:
+    """The mask operand of a warp-wide instruction."""
+    return Number(0xFFFFFFFF) if ins.op in MATRIX or is_cluster_arrive(ins) else ins.args[-1]
 
 
 def is_sync(ins: Instr) -> bool:

@@ -15,7 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_rt.emulator import isa_arith, isa_async, isa_cluster, isa_memory  # noqa: F401  they register the instructions
+from dsv4_rt.emulator import (  # noqa: F401  isa_*: they register the instructions
+    isa_arith,
+    isa_async,
+    isa_cluster,
+    isa_memory,
+    isa_mma,
+)
 from dsv4_rt.emulator.async_ import COMPLETIONS
 from dsv4_rt.emulator.batch import PATIENCE, Batch, Grid
 from dsv4_rt.emulator.clusters import MAX_CLUSTER
