@@ -172,12 +172,18 @@ class Clusters:
         for each in np.unique(owner[away]).tolist():
             self.remote[each] = (line, int(lanes[np.argmax(away & (owner == each))]))
 
-    def remote_write(self, cta: int, lane: int, line: int) -> None:
-        """An asynchronous operation writes or signals in the shared memory of a CTA, on behalf of a lane."""
+    def touch(self, lanes: Array, owner: Array) -> None:
+        """An instruction names the shared memory of CTAs of the batch."""
+        away = owner != self.batch.cta[lanes]
+        if away.any():
+            self._note(lanes, owner, away)
+
+    def check_alive(self, cta: int) -> None:
+        """An asynchronous operation writes to the shared memory of a CTA."""
         if cta in self.left:
-            rank = cta % self.size
             raise LaneFault(
-                f"asynchronous operation reaches the shared memory of rank {rank}, whose CTA has exited", np.array([0])
+                f"an asynchronous write to the shared memory of rank {cta % self.size}, whose CTA has exited",
+                np.zeros(1, I64),
             )
 
     def observed(self, lanes: Array) -> None:

@@ -29,7 +29,7 @@ def _space(m: Mods) -> str:
     return "global" if space == "const" else space
 
 
-def _target(e: Emitter, space: str) -> tuple[str, str]:
+def space_target(e: Emitter, space: str) -> tuple[str, str]:
     """The Python names of a space and of its base argument."""
     lanes = f"[{e.lanes}]" if e.guarded or not e.full else ""
     if space == "global":
@@ -44,7 +44,7 @@ def _target(e: Emitter, space: str) -> tuple[str, str]:
     return "B.generic", f"({_base(e, f'B.shared_base{lanes}')}, {_base(e, f'B.local_base{lanes}')})"
 
 
-def _touch(e: Emitter, ins: Instr, space: str) -> None:
+def touch(e: Emitter, ins: Instr, space: str) -> None:
     """Say who makes the access that follows, where races are watched."""
     watched: tuple[str, ...] = ("shared", "shared::cluster", "generic")
     if e.namespace.get("watch_global"):
@@ -123,9 +123,9 @@ def _load(e: Emitter, ins: Instr, m: Mods) -> None:
             e.define(item, f"B.param({offset + (i << k)}, U{8 << k})", ty, True)
         return
     where = address(e, a, space)
-    name, base = _target(e, space)
+    name, base = space_target(e, space)
     used = _used_bytes(e, ins, items, k, ty)
-    _touch(e, ins, space)
+    touch(e, ins, space)
     if n == 1:
         e.define(items[0], f"{name}.load({where}, {base}, {k}{used})", ty)  # items[0]: `ld.b32 {r}` is legal
         return
@@ -166,10 +166,10 @@ def _store(e: Emitter, ins: Instr, m: Mods) -> None:
     for item in items:
         e.check_set(item, "a stored value")
     names = [e.use(item, ty) for item in items]
-    name, base = _target(e, space)
+    name, base = space_target(e, space)
     if ty == "b128":
         names = [f"{each}[:, {i}]" for each in names for i in (0, 1)]
-    _touch(e, ins, space)
+    touch(e, ins, space)
     if n == 1:
         e.emit(f"{name}.store({where}, {base}, {names[0]}, {k})")
     else:
@@ -199,10 +199,10 @@ def _atomic(e: Emitter, ins: Instr, m: Mods) -> None:
     for each in args[1 : 1 + count]:
         e.check_set(each, "the value of an atomic")
     names = [e.fill(e.use(each, ty)) for each in args[1 : 1 + count]]
-    name, base = _target(e, space)
+    name, base = space_target(e, space)
     call = f"atomics.run({name}, {where}, {base}, {k}, {op!r}, {ty!r}, ({', '.join(names)},), "
     call += f"{not isinstance(d, Sink)}, {noftz})"
-    _touch(e, ins, space)
+    touch(e, ins, space)
     if isinstance(d, Sink):
         e.emit(call)
     else:

@@ -21,6 +21,7 @@ from dsv4_rt.emulator import (  # noqa: F401  isa_*: they register the instructi
     isa_cluster,
     isa_memory,
     isa_mma,
+    isa_tma,
 )
 from dsv4_rt.emulator.async_ import COMPLETIONS
 from dsv4_rt.emulator.batch import PATIENCE, Batch, Grid

@@ -114,6 +114,8 @@ class Races:
             self.shared.lanes = lanes
         if self.watched is not None:
             self.watched.lanes, self.watched.races = lanes, self
+        if flags & READS and self.batch.clusters is not None:
+            self.batch.clusters.observed(lanes)
         if flags and (self.clock.fenced or flags & RELEASES):
             self._synchronise(lanes, flags)
 
