@@ -17,8 +17,23 @@ import numpy as np
 import numpy.typing as npt
 
 from dsv4_rt.emulator import collective
+from dsv4_rt.emulator.async_ import Engine
+from dsv4_rt.emulator.clusters import RANK_BIT, Clusters, ClusterShared, ctaid, split
 from dsv4_rt.emulator.intrinsics import EXTERNAL
-from dsv4_rt.emulator.ir import Block, Instr, Number, Operand, Reg, Sym, is_warp_sync
+from dsv4_rt.emulator.ir import (
+    Address,
+    Block,
+    Instr,
+    Number,
+    Operand,
+    Reg,
+    Sym,
+    is_cluster_wait,
+    is_wait,
+    is_warp_sync,
+    sync_mask,
+)
+from dsv4_rt.emulator.mbarrier import Mbarriers
 from dsv4_rt.emulator.memory import LOCAL_FIRST, LaneFault, LaneMemory
 from dsv4_rt.emulator.races import Races, RacyGeneric, RacyShared
 from dsv4_rt.emulator.report import LaunchReport, Triple, fault, where
@@ -32,6 +47,7 @@ Array = npt.NDArray[Any]
 Key = tuple[int, int]  # (-call depth, block)
 U32 = np.uint32
 SPINS = 16  # polls in vain before a group gives way
+EXPIRIES = 8  # times all waits of mbarriers may expire in vain before it is a deadlock
 PATIENCE = 2000  # times everyone may poll in vain before it is a deadlock
 _DTYPES = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64, 128: np.uint64}
 
@@ -43,14 +59,26 @@ class Grid:
     grid: Triple
     block: Triple
     dynamic_shared: int
+    cluster: Triple = (1, 1, 1)
+    explicit_cluster: bool = False
 
     @property
     def ctas(self) -> int:
         return self.grid[0] * self.grid[1] * self.grid[2]
 
     @property
+    def cluster_size(self) -> int:
+        """CTAs a cluster."""
+        return self.cluster[0] * self.cluster[1] * self.cluster[2]
+
+    @property
     def threads(self) -> int:
         return self.block[0] * self.block[1] * self.block[2]
+
+    @property
+    def clusters(self) -> Triple:
+        """Clusters in each dimension of the grid."""
+        return tuple(g // c for g, c in zip(self.grid, self.cluster, strict=True))  # type: ignore[return-value]
 
     @property
     def lanes(self) -> int:
@@ -81,6 +109,22 @@ class Group:
         return 1 + int(np.count_nonzero(warp[1:] != warp[:-1]))
 
 
+class Wait:
+    """Lanes parked at an mbarrier's wait: which barrier each waits for, and the state or parity of its phase."""
+
+    def __init__(self, group: Group, at: Array, value: Array, parity: bool) -> None:
+        self.group, self.at, self.value, self.parity = group, at, value, parity
+
+    def part(self, chosen: Array) -> Wait:
+        return Wait(Group(self.group.lanes[chosen]), self.at[chosen], self.value[chosen], self.parity)
+
+    def joined(self, other: Wait) -> Wait:
+        lanes = np.concatenate([self.group.lanes, other.group.lanes])
+        order = np.argsort(lanes)
+        at, value = np.concatenate([self.at, other.at]), np.concatenate([self.value, other.value])
+        return Wait(Group(lanes[order]), at[order], value[order], self.parity)
+
+
 class Batch:
     def __init__(
         self,
@@ -95,6 +139,7 @@ class Batch:
     ) -> None:
         self.machine, self.program, self.shape, self.report = machine, program, shape, report
         self.first, self.count, self.params, self.param_base = first, count, params, param_base
+        self.cluster_size = shape.cluster_size
         self.nlanes = count * shape.lanes
         self.all = np.arange(self.nlanes)
         self.cta = self.all // shape.lanes
@@ -106,15 +151,25 @@ class Batch:
         self.races.shared = self.shared
         self.races.watched = machine.memory if isinstance(machine.memory, WatchedMemory) else None
         self.local = LaneMemory("local", self.nlanes, program.entry.frame_size + program.local_bytes, LOCAL_FIRST)
-        self.generic = RacyGeneric(self.memory, self.shared, self.local)
+        self.engine = Engine(self, machine.completion, machine.dice)
+        self.mbarriers = Mbarriers(self)
+        self.generic: RacyGeneric = RacyGeneric(self.memory, self.shared, self.local)
         self.shared_base = self.shared.bases(self.cta)
         self.local_base = self.local.bases(self.all)
+        self.rank_bits = (self.cta % shape.cluster_size).astype(U32) << U32(RANK_BIT)
+        self.clusters: Clusters | None = None
+        if shape.explicit_cluster:
+            self.clusters = Clusters(self, shape.cluster_size)
+            self.shared_own = ClusterShared(self.shared, self.clusters, False)
+            self.shared_cluster = ClusterShared(self.shared, self.clusters, True)
+            self.generic = RacyGeneric(self.memory, self.shared_cluster, self.local)
         self.specials: dict[str, Array] = {}
         self.registers: dict[tuple[int, str], list[Array]] = {}
         self.frames: dict[int, Array] = {}
         self.returns: dict[int, Array] = {}
         self.ready: dict[Key, Group] = {}
         self.parked: dict[Key, Group] = {}
+        self.waiting: dict[Key, Wait] = {}  # at an mbarrier
         self.at_barrier = np.full(self.nlanes, -1, np.int64)  # barrier each parked lane waits at
         self.wants = np.zeros(self.nlanes, np.int64)  # threads its barrier needs, 0 for all
         self.arrived = np.zeros((count, 16), np.int64)  # by bar.arrive
@@ -134,30 +189,32 @@ class Batch:
     def _special(self, name: str) -> Array:
         shape, axis = self.shape, "xyz".find(name[-1])
         base = name.split(".")[0]
-        cta = self.cta + self.first
-
-        def split(index: Array, sizes: Triple) -> Array:
-            parts = (index % sizes[0], index // sizes[0] % sizes[1], index // (sizes[0] * sizes[1]))
-            return parts[axis].astype(U32)
-
+        cta, rank, clusters = self.cta + self.first, self.cta % shape.cluster_size, shape.clusters
         lane = (self.all & 31).astype(U32)
         bit = U32(1) << lane
-        if base in ("tid", "ctaid", "clusterid"):
-            return split(self.tid, shape.block) if base == "tid" else split(cta, shape.grid)
+        threes = {
+            "tid": (self.tid, shape.block), "cluster_ctaid": (rank, shape.cluster),
+            "clusterid": (cta // shape.cluster_size, clusters),
+        }  # fmt: skip
+        if base in threes:
+            index, sizes = threes[base]
+            return split(index, sizes)[axis].astype(U32)
+        if base == "ctaid":
+            return np.asarray(ctaid(cta, shape.grid, shape.cluster)[axis].astype(U32))
         single = {
-            "ntid": shape.block, "nctaid": shape.grid, "nclusterid": shape.grid, "cluster_nctaid": (1, 1, 1),
-            "cluster_ctaid": (0, 0, 0),
+            "ntid": shape.block, "nctaid": shape.grid, "nclusterid": clusters, "cluster_nctaid": shape.cluster
         }  # fmt: skip
         if base in single:
             return np.array([single[base][axis]], U32)
         scalar = {
-            "nwarpid": shape.lanes // 32, "nsmid": 1, "gridid": 1, "cluster_ctarank": 0, "cluster_nctarank": 1,
-            "is_explicit_cluster": 0, "dynamic_smem_size": shape.dynamic_shared, "aggr_smem_size": self.shared.size,
-            "total_smem_size": self.shared.size,
+            "nwarpid": shape.lanes // 32, "nsmid": 1, "gridid": 1, "cluster_nctarank": shape.cluster_size,
+            "is_explicit_cluster": shape.explicit_cluster, "dynamic_smem_size": shape.dynamic_shared,
+            "aggr_smem_size": self.shared.size, "total_smem_size": self.shared.size,
         }  # fmt: skip
         if base in scalar:
             return np.array([scalar[base]], np.uint64 if base == "gridid" else U32)
         per_lane = {
+            "cluster_ctarank": rank.astype(U32),
             "laneid": lane, "warpid": (self.tid >> 5).astype(U32), "smid": np.zeros(self.nlanes, U32),
             "lanemask_eq": bit, "lanemask_lt": bit - U32(1), "lanemask_le": bit | (bit - U32(1)),
             "lanemask_gt": ~(bit | (bit - U32(1))), "lanemask_ge": ~(bit - U32(1)),
@@ -214,6 +271,9 @@ class Batch:
         if block.sync is None:
             self._merge(self.ready, key, group)
             return
+        if is_wait(block.sync):
+            self._wait(key, block.sync, group)
+            return
         if is_warp_sync(block.sync):
             if group.dense and key not in self.parked and block.sync.op not in ("bar", "barrier"):
                 self._merge(self.ready, key, group)
@@ -221,11 +281,67 @@ class Batch:
             self._merge(self.parked, key, group)
             self._release_warps(key)
             return
+        if is_cluster_wait(block.sync):
+            self._wait_at_cluster(key, block.sync, group)
+            return
         ids, counts = self._barrier_operands(key, block.sync, group.lanes)
         self.at_barrier[group.lanes] = ids
         self.wants[group.lanes] = counts
         self._merge(self.parked, key, group)
         self._release_barriers()
+
+    def _wait(self, key: Key, sync: Instr, group: Group) -> None:
+        """Park the lanes whose phase is not complete."""
+        lanes = group.lanes
+        generic = not any(mod.startswith("shared") for mod in sync.mods)
+        addr = self._address(key, sync.args[1], lanes)
+        try:
+            at = self.mbarriers.locate(lanes, addr, generic, sync.name)
+        except LaneFault as error:
+            raise self.fault(error.what, sync, lanes[error.bad]) from None
+        value = self._operand(key, sync.args[2], lanes)
+        wait = Wait(group, at, value, "parity" in sync.mods)
+        over = self.mbarriers.over(at, value, wait.parity)
+        if over.all():
+            self._merge(self.ready, key, group)
+            return
+        if over.any():
+            self._merge(self.ready, key, Group(lanes[over]))
+            wait = wait.part(~over)
+        other = self.waiting.get(key)
+        self.waiting[key] = wait if other is None else other.joined(wait)
+
+    def _wake(self) -> None:
+        """Phases have completed: let those go who wait for them."""
+        self.mbarriers.flipped = False
+        for key, wait in list(self.waiting.items()):
+            over = self.mbarriers.over(wait.at, wait.value, wait.parity)
+            if over.all():
+                del self.waiting[key]
+                self._merge(self.ready, key, wait.group)
+            elif over.any():
+                self.waiting[key] = wait.part(~over)
+                self._merge(self.ready, key, Group(wait.group.lanes[over]))
+
+    def _expire(self) -> None:
+        """Nothing else can go on: the waits return that their phase is not complete, as they may on hardware."""
+        for key, wait in self.waiting.items():
+            self._merge(self.ready, key, wait.group)
+        self.waiting.clear()
+
+    def waiters(self, at: int) -> int:
+        """How many lanes wait for the mbarrier at a position."""
+        return sum(int(np.count_nonzero(wait.at == at)) for wait in self.waiting.values())
+
+    def _address(self, key: Key, operand: Operand, lanes: Array) -> Array:
+        """The address operand of a sync instruction at the start of its block."""
+        assert isinstance(operand, Address)
+        base = operand.base
+        if isinstance(base, Sym):
+            layout = self.program.layouts[self.program.blocks[key[1]].function.name]
+            at = layout.addresses[id(base.var)] + base.offset + operand.offset
+            return np.full(len(lanes), at, np.uint64)
+        return self._operand(key, base, lanes).astype(np.uint64) + np.uint64(operand.offset & (1 << 64) - 1)
 
     def _merge(self, groups: dict[Key, Group], key: Key, group: Group) -> None:
         other = groups.get(key)
@@ -252,7 +368,7 @@ class Batch:
         sync = self.program.blocks[key[1]].sync
         assert sync is not None
         lanes = group.lanes
-        if sync.op in ("bar", "barrier"):
+        if self._is_warp_barrier(key):
             keys = [k for k in self.parked if self._is_warp_barrier(k)]
             everyone = np.sort(np.concatenate([self.parked[k].lanes for k in keys]))
             for each in keys:
@@ -266,17 +382,47 @@ class Batch:
                 living = collective.warp_bits(self.nlanes, np.nonzero(self.alive)[0])[at >> 5]
                 self._let_go(each, mask & living & ~present == 0)
             return
-        mask = self._operand(key, sync.args[-1], lanes)
+        mask = self._operand(key, sync_mask(sync), lanes)
         self._let_go(key, collective.complete(self.nlanes, lanes, mask, self.alive))
+
+    def _wait_at_cluster(self, key: Key, sync: Instr, group: Group) -> None:
+        """barrier.cluster.wait: park until every thread of the cluster that has not exited has arrived."""
+        if self.clusters is None:
+            self.clusters = Clusters(self, 1)
+        bad = self.clusters.check_arrived(group.lanes)
+        if len(bad):
+            raise self.fault("barrier.cluster.wait without a barrier.cluster.arrive before it", sync, group.lanes[bad])
+        self._merge(self.parked, key, group)
+        self._release_clusters()
+
+    def _release_clusters(self) -> None:
+        if self.clusters is None:
+            return
+        self.clusters.complete()
+        for key in list(self.parked):
+            sync = self.program.blocks[key[1]].sync
+            if is_cluster_wait(sync):
+                lanes = self.parked[key].lanes
+                free = self.clusters.may_pass(lanes)
+                if sync is not None and "aligned" in sync.mods and free.any():
+                    free &= collective.complete(self.nlanes, lanes, np.full(len(lanes), 0xFFFFFFFF, U32), self.alive)
+                self.clusters.passed(lanes[free])
+                self._let_go(key, free)
+
+    def cluster_arrive(self, lanes: Array) -> None:
+        """barrier.cluster.arrive: counted, not waited for."""
+        if self.clusters is None:
+            self.clusters = Clusters(self, 1)
+        self.clusters.arrive(lanes)
 
     def _is_warp_barrier(self, key: Key) -> bool:
         sync = self.program.blocks[key[1]].sync
-        return sync is not None and sync.op in ("bar", "barrier") and is_warp_sync(sync)
+        return sync is not None and sync.op in ("bar", "barrier") and "warp" in sync.mods
 
     def _mask_of(self, key: Key) -> Operand:
         sync = self.program.blocks[key[1]].sync
         assert sync is not None
-        return sync.args[-1]
+        return sync_mask(sync)
 
     def _let_go(self, key: Key, free: Array) -> None:
         group = self.parked[key]
@@ -377,16 +523,27 @@ class Batch:
 
         patience: how often they may all do so before this gives up.
         """
-        idle = 0
+        idle = expired = 0
         while True:
+            if self.engine.queue and self.engine.completion == "random":
+                self.engine.step()
+            if self.mbarriers.flipped:
+                self._wake()
             version = self._version()
             awake = [k for k, g in self.ready.items() if g.asleep_at != version] if self.ready else []
             if awake:
                 self._step(self.machine.pick(awake))
-                idle = 0 if self._version() != version else idle
+                if self._version() != version:
+                    idle = expired = 0
                 continue
             if self.check_parked:
                 self._recheck()
+                continue
+            if self.engine.pump():
+                continue
+            if self.waiting and expired < EXPIRIES:
+                expired += 1
+                self._expire()
                 continue
             if self.ready:
                 idle += 1
@@ -396,6 +553,8 @@ class Batch:
                     group.asleep_at = -1
                     group.spins = SPINS
                 continue
+            if self.waiting:
+                return False
             if self.parked:
                 self._recheck()
                 if self.ready:
@@ -414,6 +573,7 @@ class Batch:
             if key in self.parked and is_warp_sync(self.program.blocks[key[1]].sync or Instr("", (), [])):
                 self._release_warps(key)
         self._release_barriers()
+        self._release_clusters()
 
     def _step(self, key: Key) -> None:
         group = self.ready.pop(key)
@@ -476,6 +636,12 @@ class Batch:
                 self._return(key, int(to), group.lanes[back == to])
         elif block.kind in ("ret", "exit"):
             self.alive[group.lanes] = False
+            if not self.alive.any():
+                self.engine.drain()
+            if self.clusters is not None:
+                wrong = self.clusters.exited(group.lanes)
+                if wrong is not None:
+                    raise self.fault(wrong[0], block.end, group.lanes[self.cta[group.lanes] == wrong[1]])
             self.check_parked = bool(self.parked)
             if self.parked:
                 self._recheck()
@@ -571,11 +737,12 @@ class Batch:
     def thread(self, lane: int) -> tuple[Triple, Triple]:
         """(CTA, thread) of a lane."""
 
-        def split(index: int, sizes: Triple) -> Triple:
-            return index % sizes[0], index // sizes[0] % sizes[1], index // (sizes[0] * sizes[1])
-
-        cta = split(int(self.cta[lane]) + self.first, self.shape.grid)
+        cta = ctaid(int(self.cta[lane]) + self.first, self.shape.grid, self.shape.cluster)
         return cta, split(int(self.tid[lane]), self.shape.block)
+
+    def cta_name(self, cta: int) -> Triple:
+        """The index in the grid of a CTA of this batch."""
+        return self.thread(cta * self.shape.lanes)[0]
 
     def fault(self, what: str, ins: Instr | None, lanes: Array) -> KernelFault:
         cta, thread = self.thread(int(lanes[0]))
@@ -598,7 +765,7 @@ class Batch:
 
     def describe_waiting(self) -> list[str]:
         """One paragraph for each group that waits: where, how many threads, and whom for."""
-        lines = []
+        lines = self._describe_mbarriers()
         for groups, how in ((self.parked, "wait at"), (self.ready, "poll memory that nobody writes, in a loop at")):
             for key, group in sorted(groups.items()):
                 block = self.program.blocks[key[1]]
@@ -609,13 +776,34 @@ class Batch:
                 lines.extend(self._missing(key, group))
         return lines
 
+    def _describe_mbarriers(self) -> list[str]:
+        """Who waits for which mbarrier, and what its phase lacks."""
+        lines = []
+        for key, wait in sorted(self.waiting.items()):
+            ins = self.program.blocks[key[1]].sync
+            place = where(self.program.ptx, ins, self.machine.source_roots, "    ")
+            for at in np.unique(wait.at).tolist():
+                lanes = wait.group.lanes[wait.at == at]
+                cta, thread = self.thread(int(lanes[0]))
+                lines.append(f"  {len(lanes)} threads, first CTA {cta} thread {thread}, wait at{place}")
+                barrier = self.mbarriers.live.get(at)
+                value = int(wait.value[wait.at == at][0])
+                asked = f"parity {value & 1}" if wait.parity else f"phase {value >> 20}"
+                state = barrier.describe() if barrier is not None else "not initialised"
+                lines.append(f"    for {asked} of {self.mbarriers.name(at)}: {state}")
+                if barrier is not None:
+                    lines.append(f"    it was initialised at{self.engine.place(barrier.line)}")
+        return lines
+
     def _missing(self, key: Key, group: Group) -> list[str]:
         sync = self.program.blocks[key[1]].sync
         if sync is None or key not in self.parked:
             return []
         lane = int(group.lanes[0])
+        if is_cluster_wait(sync) and self.clusters is not None:
+            return [self.clusters.waiting_for(lane)]
         if is_warp_sync(sync):
-            mask = int(self._operand(key, sync.args[-1], group.lanes[:1])[0])
+            mask = int(self._operand(key, sync_mask(sync), group.lanes[:1])[0])
             here = int(collective.warp_bits(self.nlanes, group.lanes)[lane >> 5])
             living = int(collective.warp_bits(self.nlanes, np.nonzero(self.alive)[0])[lane >> 5])
             return [f"    its mask {mask:#010x} names lanes that are elsewhere: {mask & living & ~here:#010x}"]

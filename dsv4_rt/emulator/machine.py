@@ -15,8 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_rt.emulator import isa_arith, isa_memory  # noqa: F401  they register the instructions
+from dsv4_rt.emulator import (  # noqa: F401  isa_*: they register the instructions
+    isa_arith,
+    isa_async,
+    isa_cluster,
+    isa_memory,
+    isa_mma,
+    isa_tma,
+)
+from dsv4_rt.emulator.async_ import COMPLETIONS
 from dsv4_rt.emulator.batch import PATIENCE, Batch, Grid
+from dsv4_rt.emulator.clusters import MAX_CLUSTER
 from dsv4_rt.emulator.codegen import Code, Layout, chain, compile_block, new_namespace, translate_block
 from dsv4_rt.emulator.intrinsics import EXTERNAL
 from dsv4_rt.emulator.ir import (
@@ -54,6 +63,7 @@ class Entry:
     param_bytes: int
     max_threads: int | None = None
     required_threads: tuple[int, int, int] | None = None
+    cluster: tuple[int, int, int] | None = None
 
 
 @dataclass
@@ -68,8 +78,17 @@ class Program:
     registers: dict[str, list[tuple[int, int]]]  # function -> (slot, bits) of registers and their shadows
     shared_bytes: int
     local_bytes: int
+    proxied: bool = False  # whether something reads shared memory through the async proxy
+    symbols: dict[int, str] = field(default_factory=dict)  # shared offset -> variable
     namespace: dict[str, Any] = field(default_factory=new_namespace)
     codes: dict[tuple[int, bool, bool], Code] = field(default_factory=dict)
+
+    def symbol_at(self, offset: int) -> str:
+        """The shared variable an offset lies in, `name+bytes`; empty if none is known."""
+        first = max((at for at in self.symbols if at <= offset), default=-1)
+        if first < 0:
+            return ""
+        return self.symbols[first] + (f"+{offset - first}" if offset > first else "")
 
     def code(self, block: int, full: bool, dense: bool) -> Code:
         """The compiled variant of a block, made on first use."""
@@ -94,7 +113,7 @@ class Module:
         }
         self.addresses: dict[int, int] = {}
         self.globals: dict[str, tuple[int, int]] = {}  # name -> (address, bytes)
-        self.programs: dict[str, Program] = {}
+        self.programs: dict[tuple[str, bool], Program] = {}
         for var in ptx.variables.values():
             self._place(var)
         for var in ptx.variables.values():
@@ -123,11 +142,14 @@ class Module:
                 bits = value.value
             view[offset : offset + size] = list((bits & (1 << 8 * size) - 1).to_bytes(size, "little"))
 
-    def program(self, name: str) -> Program:
-        """Everything an entry needs, checked: raises UnsupportedInstruction before anything runs."""
-        if name not in self.programs:
-            self.programs[name] = _build(self, name)
-        return self.programs[name]
+    def program(self, name: str, clustered: bool = False) -> Program:
+        """Everything an entry needs, checked: raises UnsupportedInstruction before anything runs.
+
+        clustered: for launches with clusters, in which shared addresses carry the rank of a CTA.
+        """
+        if (name, clustered) not in self.programs:
+            self.programs[name, clustered] = _build(self, name, clustered)
+        return self.programs[name, clustered]
 
     def unload(self) -> None:
         """Free the module's variables."""
@@ -147,10 +169,12 @@ def _entry(function: Function) -> Entry:
     limit = function.directives.get("maxntid")
     threads = int(np.prod(limit)) if limit else None
     padded = (*required, 1, 1)[:3] if required else None
-    return Entry(function.name, tuple(params), offset, threads, padded)  # type: ignore[arg-type]
+    dims = function.directives.get("reqnctapercluster")
+    cluster = (*dims, 1, 1)[:3] if dims else None
+    return Entry(function.name, tuple(params), offset, threads, padded, cluster)  # type: ignore[arg-type]
 
 
-def _build(module: Module, name: str) -> Program:
+def _build(module: Module, name: str, clustered: bool) -> Program:
     ptx = module.ptx
     if name not in module.entries:
         raise EmulatorError(f"{module.name}: no entry {name}; it has {', '.join(sorted(module.entries)) or 'none'}")
@@ -173,7 +197,10 @@ def _build(module: Module, name: str) -> Program:
     program = Program(
         ptx, ptx.functions[name], blocks, first, layouts, registers, shared[1], STACK if calls else 0
     )
+    program.proxied = any(_reads_by_proxy(ins) for function in order for ins in function.instrs)
+    program.symbols = {shared[0][id(var)]: var.name for var in shared[2]}
     program.namespace["watch_global"] = isinstance(module.memory, WatchedMemory)
+    program.namespace["clustered"] = clustered
     _verify(program, module.roots)
     return program
 
@@ -204,8 +231,15 @@ def _reachable(module: Module, name: str) -> list[Function]:
     return [*order, ptx.functions[name]]
 
 
-def _layout_shared(ptx: Ptx, functions: Sequence[Function]) -> tuple[dict[int, int], int]:
-    """Addresses of shared variables, and the bytes before the dynamic part, which starts at its own alignment."""
+def _reads_by_proxy(ins: Instr) -> bool:
+    """Whether an instruction reads shared memory through the async proxy."""
+    if ins.op == "cp":
+        return "bulk" in ins.mods and ("shared::cta" in ins.mods[:-1]) and "prefetch" not in ins.mods
+    return ins.op in ("wgmma", "tcgen05")
+
+
+def _layout_shared(ptx: Ptx, functions: Sequence[Function]) -> tuple[dict[int, int], int, list[Var]]:
+    """Addresses of shared variables, the bytes before the dynamic part, which starts at its own alignment, and them."""
     used = {a.var for f in functions for ins in f.instrs for a in _symbols(ins) if a.var is not None}
     listed = [v for v in ptx.variables.values() if v.space == "shared" and v in used]
     listed += [v for f in functions for v in f.variables if v.space == "shared"]
@@ -220,7 +254,7 @@ def _layout_shared(ptx: Ptx, functions: Sequence[Function]) -> tuple[dict[int, i
     end = -(-at // align) * align
     for var in dynamic:
         found[id(var)] = end
-    return found, (end if dynamic else at) - SHARED_FIRST
+    return found, (end if dynamic else at) - SHARED_FIRST, [*(v for v in listed if v.size), *dynamic]
 
 
 def _symbols(ins: Instr) -> list[Sym]:
@@ -277,13 +311,15 @@ class Machine:
         arch: the architecture to be; modules for another are accepted, since PTX says what it needs.
         order: which threads run first: "min-pc" (lowest program point, the fastest), "random" (seeded), "reverse"
             (highest program point and last warp first). A right kernel gives the same result under all.
-        seed: for order="random".
+        seed: for order="random" and completion="random".
         source_roots: folders in which the CUDA files named by line information are looked up for error messages.
         trace: called after every instruction with what it did, see `trace.Tracer`; None costs nothing.
         check_global_writes: report threads of one launch that touch the same bytes of global memory, one of them with
             a store, without a barrier, or atomics and a fence, between them.
         check_uninitialised: report reads of bytes of allocations that neither a kernel nor, as far as is known, the
             host has written (see `watched.py`).
+        completion: when asynchronous operations run (see `async_.py`): "early" at once, "late" when waited for or when
+            nothing else can go on, "random" at seeded moments. A right kernel gives the same result under all.
     """
 
     def __init__(
@@ -296,14 +332,18 @@ class Machine:
         trace: Callable[[Step], None] | None = None,
         check_global_writes: bool = False,
         check_uninitialised: bool = False,
+        completion: str = "early",
     ) -> None:
         if order not in ORDERS:
             raise EmulatorError(f"Machine: order {order!r} is none of {', '.join(ORDERS)}")
-        self.arch, self.order, self.seed = arch, order, seed
+        if completion not in COMPLETIONS:
+            raise EmulatorError(f"Machine: completion {completion!r} is none of {', '.join(COMPLETIONS)}")
+        self.arch, self.order, self.seed, self.completion = arch, order, seed, completion
         self.source_roots = tuple(Path(root) for root in source_roots)
         watched = check_global_writes or check_uninitialised
         self.memory = WatchedMemory(check_global_writes, check_uninitialised) if watched else Memory()
         self._random = random.Random(seed)
+        self.dice = random.Random(seed + 1)  # of the random completion schedule
         self._trace = trace
         self.clock = LaunchClock(0)
 
@@ -320,7 +360,7 @@ class Machine:
         params: bytes,
         *,
         dynamic_shared: int = 0,
-        cluster: Sequence[int] = (1, 1, 1),
+        cluster: Sequence[int] | int | None = None,
         cooperative: bool = False,
     ) -> LaunchReport:
         """Run a kernel to its end.
@@ -330,7 +370,7 @@ class Machine:
             grid, block: CTAs and threads, up to three sizes.
             params: the parameter buffer as the cubin lays it out; pointers are real addresses.
             dynamic_shared: bytes of dynamic shared memory a CTA.
-            cluster: only (1, 1, 1).
+            cluster: CTAs a cluster, up to three sizes; None for what .reqnctapercluster says, or no clusters.
             cooperative: run all CTAs at once.
 
         Raises:
@@ -338,11 +378,12 @@ class Machine:
             UnsupportedInstruction: the kernel uses what the emulator does not implement; nothing has run.
             KernelFault, Deadlock: the kernel is wrong; memory keeps what it wrote so far.
         """
-        program = module.program(entry)
+        wanted = module.entries[entry].cluster if cluster is None and entry in module.entries else cluster
+        program = module.program(entry, wanted is not None)
         if self._trace is not None:  # before the first block is compiled
             program.namespace["trace"] = hook(self._trace)
-        shape = Grid(_three(grid), _three(block), dynamic_shared)
-        self._check(module.entries[entry], shape, params, tuple(cluster))
+        shape = Grid(_three(grid), _three(block), dynamic_shared, _three(wanted or 1), wanted is not None)
+        self._check(module.entries[entry], shape, params)
         report = LaunchReport(entry, shape.ctas, shape.ctas * shape.threads)
         self.clock = LaunchClock(shape.ctas)
         size = module.entries[entry].param_bytes
@@ -358,11 +399,15 @@ class Machine:
             self.memory.free(address)
         return report
 
-    def _check(self, entry: Entry, shape: Grid, params: bytes, cluster: tuple[int, ...]) -> None:
+    def _check(self, entry: Entry, shape: Grid, params: bytes) -> None:
         if len(params) < entry.param_bytes:
             raise LaunchError(f"{entry.name}: {len(params)} bytes of parameters; the kernel takes {entry.param_bytes}")
-        if cluster != (1, 1, 1):
-            raise UnsupportedInstruction(f"{entry.name}: clusters are not implemented by the emulator: {cluster}")
+        if min(shape.cluster) < 1 or shape.cluster_size > MAX_CLUSTER:
+            raise LaunchError(f"{entry.name}: a cluster has 1 to {MAX_CLUSTER} CTAs, not {shape.cluster}")
+        if entry.cluster is not None and shape.cluster != entry.cluster:
+            raise LaunchError(f"{entry.name}: cluster {shape.cluster}; the kernel requires {entry.cluster}")
+        if any(g % c for g, c in zip(shape.grid, shape.cluster, strict=True)):
+            raise LaunchError(f"{entry.name}: clusters of {shape.cluster} do not divide the grid {shape.grid}")
         if min(*shape.grid, *shape.block) < 1 or shape.threads > 1024:
             raise LaunchError(f"{entry.name}: grid {shape.grid} and block {shape.block} cannot be launched")
         if entry.max_threads is not None and shape.threads > entry.max_threads:
@@ -373,7 +418,8 @@ class Machine:
     def _run(
         self, program: Program, shape: Grid, params: bytes, address: int, report: LaunchReport, cooperative: bool
     ) -> None:
-        per_batch = shape.ctas if cooperative else max(1, LANES_PER_BATCH // shape.lanes)
+        size = shape.cluster_size
+        per_batch = shape.ctas if cooperative else max(1, LANES_PER_BATCH // (shape.lanes * size)) * size
         starts = list(range(0, shape.ctas, per_batch))
         if self.order == "reverse":
             starts.reverse()
