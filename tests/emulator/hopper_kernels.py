@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from ml_dtypes import bfloat16
 
-from dsv4_rt.launch import TensorMap
+from dsv4_rt.tensor_map import TensorMap
 
 FOLDER = Path(__file__).parent / "hopper"
 

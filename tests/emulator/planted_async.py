@@ -19,7 +19,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 from hopper_kernels import EVIDENCE, FOLDER  # noqa: E402
-from programs import SCHEDULES  # noqa: E402
+from asynchronous import COMPLETIONS as SCHEDULES  # noqa: E402
 
 import dsv4_rt  # noqa: E402
 from dsv4_rt.emulated_device import EmulatedDevice  # noqa: E402

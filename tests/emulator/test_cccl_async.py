@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from asynchronous import COMPLETIONS as SCHEDULES
 from foreign import compile_cccl
-from programs import ARCHITECTURES, SCHEDULES, run_ptx
+from programs import ARCHITECTURES, run_ptx
 
 from dsv4_rt.emulator import Machine
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 from hopper_kernels import EVIDENCE, FOLDER, normal, run_cp_async_ring, run_gemm_multicast, run_gemm_ring
-from programs import ARCHITECTURES, ORDERS, SCHEDULES
+from asynchronous import COMPLETIONS as SCHEDULES
+from programs import ARCHITECTURES, ORDERS
 
 import dsv4_rt
 from dsv4_rt.emulated_device import EmulatedDevice
