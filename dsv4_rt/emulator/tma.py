@@ -90,7 +90,7 @@ def clip(m: TileMap, coords: tuple[int, ...]) -> Tile:
     """
     if coords[0] * m.bits % 128:
         raise _fault(
-            f"the coordinate {coords[0]} of the contiguous axis is {coords[0] * m.bits / 8:g} B into a row of {m.dtype}, "
+            f"the coordinate {coords[0]} of the contiguous axis, of {m.dtype}, is {coords[0] * m.bits / 8:g} B, "
             "not a multiple of 16 B"
         )
     bits = m.bits

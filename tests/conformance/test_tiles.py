@@ -1,14 +1,10 @@
 """Tensor copies: the emulator against NumPy on fresh cases, and against what an H200 returned for recorded ones."""
 
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tiles
-from tiles import MULTICASTS, cases, digest, exact_in_numpy, expected, names, rows, run
-
-import dsv4_rt
+from tiles import MULTICASTS, cases, exact_in_numpy, expected, rows, run
 
 CASES = cases()
 PER_TEST = 60

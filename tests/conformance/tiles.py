@@ -12,7 +12,7 @@ import datetime
 import hashlib
 import json
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +113,8 @@ def case(rng: np.random.Generator, op: str = "", dtype: str = "") -> Case:
     coords[-1] = coords[-1] * size // 16 * 16 // size
     fill = "nan" if op == "load" and dtype in FLOATS and rng.random() < 0.4 else "zero"
     start = 128 * int(rng.integers(8))
-    return Case(op, dtype, shape, tuple(strides), box, steps, swizzle, fill, tuple(coords), start, int(rng.integers(1 << 31)))
+    seed = int(rng.integers(1 << 31))
+    return Case(op, dtype, shape, tuple(strides), box, steps, swizzle, fill, tuple(coords), start, seed)
 
 
 def cases(seed: int = SEED, count: int = COUNT) -> list[Case]:
@@ -167,7 +168,8 @@ def expected(c: Case) -> np.ndarray:
         data = np.broadcast_to(np.array([fill]).view(np.uint8)[np.arange(c.size) % 2], (len(here), c.size)).copy()
         data[inside] = _elements(tensor, there[inside], c.size)
         if c.dtype == "tf32":
-            data[inside] = _tf32(np.ascontiguousarray(data[inside]).view(np.uint32).reshape(-1)).view(np.uint8).reshape(-1, 4)
+            rounded = _tf32(np.ascontiguousarray(data[inside]).view(np.uint32).reshape(-1))
+            data[inside] = rounded.view(np.uint8).reshape(-1, 4)
         out[here[:, None] + np.arange(c.size)] = data
         return out
     source = np.ascontiguousarray(_elements(shared, here[inside], c.size))
