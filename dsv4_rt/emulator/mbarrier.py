@@ -247,8 +247,7 @@ class Mbarriers:
             barrier = self.find(position, lanes, which, what)
             total = int(np.broadcast_to(tx, lanes.shape)[which].astype(I64).sum())
             self._expect(barrier, sign * total, lanes, which)
-            if sign < 0:
-                self._settle(barrier)
+            self._settle(barrier)
 
     def _expect(self, barrier: Barrier, tx: int, lanes: Array, which: Any) -> None:
         if abs(barrier.tx + tx) > LIMIT:

@@ -230,8 +230,8 @@ def _steps(rng: np.random.Generator) -> np.ndarray:
             expected -= n if op in (2, 7) else 0
         elif op in (3, 5, 8):
             n = 16 * int(rng.integers(1, 100))
-            if (op != 3 and (pending < 1 or (op == 8 and expected < 2))) or (op == 3 and tx + n == 0 and not pending):
-                continue  # the last case is a form of its own
+            if op != 3 and (pending < 1 or (op == 8 and expected < 2)):
+                continue
             tx += n
             pending -= op != 3
             expected -= op == 8
