@@ -18,8 +18,21 @@ import numpy.typing as npt
 
 from dsv4_rt.emulator import collective
 from dsv4_rt.emulator.async_ import Engine
+from dsv4_rt.emulator.clusters import RANK_BIT, Clusters, ClusterShared, ctaid, split
 from dsv4_rt.emulator.intrinsics import EXTERNAL
-from dsv4_rt.emulator.ir import Address, Block, Instr, Number, Operand, Reg, Sym, is_wait, is_warp_sync
+from dsv4_rt.emulator.ir import (
+    Address,
+    Block,
+    Instr,
+    Number,
+    Operand,
+    Reg,
+    Sym,
+    is_cluster_wait,
+    is_wait,
+    is_warp_sync,
+    sync_mask,
+)
 from dsv4_rt.emulator.mbarrier import Mbarriers
 from dsv4_rt.emulator.memory import LOCAL_FIRST, LaneFault, LaneMemory
 from dsv4_rt.emulator.races import Races, RacyGeneric, RacyShared
@@ -47,19 +60,25 @@ class Grid:
     block: Triple
     dynamic_shared: int
     cluster: Triple = (1, 1, 1)
-
-    @property
-    def cluster_size(self) -> int:
-        """CTAs of a cluster; a batch holds whole clusters, one after the other."""
-        return self.cluster[0] * self.cluster[1] * self.cluster[2]
+    explicit_cluster: bool = False
 
     @property
     def ctas(self) -> int:
         return self.grid[0] * self.grid[1] * self.grid[2]
 
     @property
+    def cluster_size(self) -> int:
+        """CTAs a cluster."""
+        return self.cluster[0] * self.cluster[1] * self.cluster[2]
+
+    @property
     def threads(self) -> int:
         return self.block[0] * self.block[1] * self.block[2]
+
+    @property
+    def clusters(self) -> Triple:
+        """Clusters in each dimension of the grid."""
+        return tuple(g // c for g, c in zip(self.grid, self.cluster, strict=True))  # type: ignore[return-value]
 
     @property
     def lanes(self) -> int:
@@ -134,9 +153,16 @@ class Batch:
         self.local = LaneMemory("local", self.nlanes, program.entry.frame_size + program.local_bytes, LOCAL_FIRST)
         self.engine = Engine(self, machine.completion, machine.dice)
         self.mbarriers = Mbarriers(self)
-        self.generic = RacyGeneric(self.memory, self.shared, self.local)
+        self.generic: RacyGeneric = RacyGeneric(self.memory, self.shared, self.local)
         self.shared_base = self.shared.bases(self.cta)
         self.local_base = self.local.bases(self.all)
+        self.rank_bits = (self.cta % shape.cluster_size).astype(U32) << U32(RANK_BIT)
+        self.clusters: Clusters | None = None
+        if shape.explicit_cluster:
+            self.clusters = Clusters(self, shape.cluster_size)
+            self.shared_own = ClusterShared(self.shared, self.clusters, False)
+            self.shared_cluster = ClusterShared(self.shared, self.clusters, True)
+            self.generic = RacyGeneric(self.memory, self.shared_cluster, self.local)
         self.specials: dict[str, Array] = {}
         self.registers: dict[tuple[int, str], list[Array]] = {}
         self.frames: dict[int, Array] = {}
@@ -163,30 +189,32 @@ class Batch:
     def _special(self, name: str) -> Array:
         shape, axis = self.shape, "xyz".find(name[-1])
         base = name.split(".")[0]
-        cta = self.cta + self.first
-
-        def split(index: Array, sizes: Triple) -> Array:
-            parts = (index % sizes[0], index // sizes[0] % sizes[1], index // (sizes[0] * sizes[1]))
-            return parts[axis].astype(U32)
-
+        cta, rank, clusters = self.cta + self.first, self.cta % shape.cluster_size, shape.clusters
         lane = (self.all & 31).astype(U32)
         bit = U32(1) << lane
-        if base in ("tid", "ctaid", "clusterid"):
-            return split(self.tid, shape.block) if base == "tid" else split(cta, shape.grid)
+        threes = {
+            "tid": (self.tid, shape.block), "cluster_ctaid": (rank, shape.cluster),
+            "clusterid": (cta // shape.cluster_size, clusters),
+        }  # fmt: skip
+        if base in threes:
+            index, sizes = threes[base]
+            return split(index, sizes)[axis].astype(U32)
+        if base == "ctaid":
+            return np.asarray(ctaid(cta, shape.grid, shape.cluster)[axis].astype(U32))
         single = {
-            "ntid": shape.block, "nctaid": shape.grid, "nclusterid": shape.grid, "cluster_nctaid": (1, 1, 1),
-            "cluster_ctaid": (0, 0, 0),
+            "ntid": shape.block, "nctaid": shape.grid, "nclusterid": clusters, "cluster_nctaid": shape.cluster
         }  # fmt: skip
         if base in single:
             return np.array([single[base][axis]], U32)
         scalar = {
-            "nwarpid": shape.lanes // 32, "nsmid": 1, "gridid": 1, "cluster_ctarank": 0, "cluster_nctarank": 1,
-            "is_explicit_cluster": 0, "dynamic_smem_size": shape.dynamic_shared, "aggr_smem_size": self.shared.size,
-            "total_smem_size": self.shared.size,
+            "nwarpid": shape.lanes // 32, "nsmid": 1, "gridid": 1, "cluster_nctarank": shape.cluster_size,
+            "is_explicit_cluster": shape.explicit_cluster, "dynamic_smem_size": shape.dynamic_shared,
+            "aggr_smem_size": self.shared.size, "total_smem_size": self.shared.size,
         }  # fmt: skip
         if base in scalar:
             return np.array([scalar[base]], np.uint64 if base == "gridid" else U32)
         per_lane = {
+            "cluster_ctarank": rank.astype(U32),
             "laneid": lane, "warpid": (self.tid >> 5).astype(U32), "smid": np.zeros(self.nlanes, U32),
             "lanemask_eq": bit, "lanemask_lt": bit - U32(1), "lanemask_le": bit | (bit - U32(1)),
             "lanemask_gt": ~(bit | (bit - U32(1))), "lanemask_ge": ~(bit - U32(1)),
@@ -262,6 +290,9 @@ class Batch:
                 return
             self._merge(self.parked, key, group)
             self._release_warps(key)
+            return
+        if is_cluster_wait(block.sync):
+            self._wait_at_cluster(key, block.sync, group)
             return
         ids, counts = self._barrier_operands(key, block.sync, group.lanes)
         self.at_barrier[group.lanes] = ids
@@ -347,7 +378,7 @@ class Batch:
         sync = self.program.blocks[key[1]].sync
         assert sync is not None
         lanes = group.lanes
-        if sync.op in ("bar", "barrier"):
+        if self._is_warp_barrier(key):
             keys = [k for k in self.parked if self._is_warp_barrier(k)]
             everyone = np.sort(np.concatenate([self.parked[k].lanes for k in keys]))
             for each in keys:
@@ -361,17 +392,47 @@ class Batch:
                 living = collective.warp_bits(self.nlanes, np.nonzero(self.alive)[0])[at >> 5]
                 self._let_go(each, mask & living & ~present == 0)
             return
-        mask = self._operand(key, sync.args[-1], lanes)
+        mask = self._operand(key, sync_mask(sync), lanes)
         self._let_go(key, collective.complete(self.nlanes, lanes, mask, self.alive))
+
+    def _wait_at_cluster(self, key: Key, sync: Instr, group: Group) -> None:
+        """barrier.cluster.wait: park until every thread of the cluster that has not exited has arrived."""
+        if self.clusters is None:
+            self.clusters = Clusters(self, 1)
+        bad = self.clusters.check_arrived(group.lanes)
+        if len(bad):
+            raise self.fault("barrier.cluster.wait without a barrier.cluster.arrive before it", sync, group.lanes[bad])
+        self._merge(self.parked, key, group)
+        self._release_clusters()
+
+    def _release_clusters(self) -> None:
+        if self.clusters is None:
+            return
+        self.clusters.complete()
+        for key in list(self.parked):
+            sync = self.program.blocks[key[1]].sync
+            if is_cluster_wait(sync):
+                lanes = self.parked[key].lanes
+                free = self.clusters.may_pass(lanes)
+                if sync is not None and "aligned" in sync.mods and free.any():
+                    free &= collective.complete(self.nlanes, lanes, np.full(len(lanes), 0xFFFFFFFF, U32), self.alive)
+                self.clusters.passed(lanes[free])
+                self._let_go(key, free)
+
+    def cluster_arrive(self, lanes: Array) -> None:
+        """barrier.cluster.arrive: counted, not waited for."""
+        if self.clusters is None:
+            self.clusters = Clusters(self, 1)
+        self.clusters.arrive(lanes)
 
     def _is_warp_barrier(self, key: Key) -> bool:
         sync = self.program.blocks[key[1]].sync
-        return sync is not None and sync.op in ("bar", "barrier") and is_warp_sync(sync)
+        return sync is not None and sync.op in ("bar", "barrier") and "warp" in sync.mods
 
     def _mask_of(self, key: Key) -> Operand:
         sync = self.program.blocks[key[1]].sync
         assert sync is not None
-        return sync.args[-1]
+        return sync_mask(sync)
 
     def _let_go(self, key: Key, free: Array) -> None:
         group = self.parked[key]
@@ -522,6 +583,7 @@ class Batch:
             if key in self.parked and is_warp_sync(self.program.blocks[key[1]].sync or Instr("", (), [])):
                 self._release_warps(key)
         self._release_barriers()
+        self._release_clusters()
 
     def _step(self, key: Key) -> None:
         group = self.ready.pop(key)
@@ -586,6 +648,10 @@ class Batch:
             self.alive[group.lanes] = False
             if not self.alive.any():
                 self.engine.drain()
+            if self.clusters is not None:
+                wrong = self.clusters.exited(group.lanes)
+                if wrong is not None:
+                    raise self.fault(wrong[0], block.end, group.lanes[self.cta[group.lanes] == wrong[1]])
             self.check_parked = bool(self.parked)
             if self.parked:
                 self._recheck()
@@ -681,10 +747,7 @@ class Batch:
     def thread(self, lane: int) -> tuple[Triple, Triple]:
         """(CTA, thread) of a lane."""
 
-        def split(index: int, sizes: Triple) -> Triple:
-            return index % sizes[0], index // sizes[0] % sizes[1], index // (sizes[0] * sizes[1])
-
-        cta = split(int(self.cta[lane]) + self.first, self.shape.grid)
+        cta = ctaid(int(self.cta[lane]) + self.first, self.shape.grid, self.shape.cluster)
         return cta, split(int(self.tid[lane]), self.shape.block)
 
     def cta_name(self, cta: int) -> Triple:
@@ -747,8 +810,10 @@ class Batch:
         if sync is None or key not in self.parked:
             return []
         lane = int(group.lanes[0])
+        if is_cluster_wait(sync) and self.clusters is not None:
+            return [self.clusters.waiting_for(lane)]
         if is_warp_sync(sync):
-            mask = int(self._operand(key, sync.args[-1], group.lanes[:1])[0])
+            mask = int(self._operand(key, sync_mask(sync), group.lanes[:1])[0])
             here = int(collective.warp_bits(self.nlanes, group.lanes)[lane >> 5])
             living = int(collective.warp_bits(self.nlanes, np.nonzero(self.alive)[0])[lane >> 5])
             return [f"    its mask {mask:#010x} names lanes that are elsewhere: {mask & living & ~here:#010x}"]

@@ -217,13 +217,24 @@ def sources(ins: Instr) -> list[Reg]:
     return found
 
 
-WARP_SYNC = frozenset({"shfl", "vote", "match", "redux", "elect"})
+MATRIX = frozenset({"mma", "ldmatrix", "stmatrix", "movmatrix"})  # the whole warp, without a mask
+WARP_SYNC = frozenset({"shfl", "vote", "match", "redux", "elect"}) | MATRIX
 ENDS = frozenset({"bra", "ret", "exit", "trap", "brkpt", "call", "brx"})
 
 
 def is_warp_sync(ins: Instr) -> bool:
     """Whether the named lanes of a warp meet at this instruction."""
-    return ins.op in WARP_SYNC or (ins.op in ("bar", "barrier") and "warp" in ins.mods)
+    return ins.op in WARP_SYNC or (ins.op in ("bar", "barrier") and "warp" in ins.mods) or is_cluster_arrive(ins)
+
+
+def is_cluster_arrive(ins: Instr) -> bool:
+    """Whether a whole warp arrives at the cluster barrier together."""
+    return ins.op == "barrier" and {"cluster", "arrive", "aligned"} <= set(ins.mods)
+
+
+def is_cluster_wait(ins: Instr | None) -> bool:
+    """Whether threads wait at the cluster barrier here."""
+    return ins is not None and ins.op == "barrier" and "cluster" in ins.mods and "wait" in ins.mods
 
 
 def is_wait(ins: Instr) -> bool:
@@ -231,9 +242,14 @@ def is_wait(ins: Instr) -> bool:
     return ins.op == "mbarrier" and "try_wait" in ins.mods
 
 
+def sync_mask(ins: Instr) -> Operand:
+    """The mask operand of a warp-wide instruction."""
+    return Number(0xFFFFFFFF) if ins.op in MATRIX or is_cluster_arrive(ins) else ins.args[-1]
+
+
 def is_sync(ins: Instr) -> bool:
     """Whether threads meet, or wait, at this instruction; a block starts there."""
-    return ins.op in WARP_SYNC or is_wait(ins) or (ins.op in ("bar", "barrier") and "arrive" not in ins.mods)
+    return is_warp_sync(ins) or is_wait(ins) or (ins.op in ("bar", "barrier") and "arrive" not in ins.mods)
 
 
 @dataclass(slots=True, eq=False)

@@ -313,6 +313,8 @@ class Mbarriers:
             if hesitate or not yes.any():
                 continue
             found[which] = yes
+            if self.batch.clusters is not None:
+                self.batch.clusters.observed(lanes[which])
             who = lanes[which] if yes.all() else lanes[which][yes]
             if barrier.released is not None:
                 self.batch.races.acquire(who, barrier.released)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from dsv4_rt.emulator.clusters import ctaid, split
 from dsv4_rt.emulator.ir import TYPES, Instr
 from dsv4_rt.emulator.memory import SHARED_FIRST, Generic, LaneFault, LaneMemory, used_flags
 from dsv4_rt.emulator.report import where
@@ -113,6 +114,8 @@ class Races:
             self.shared.lanes = lanes
         if self.watched is not None:
             self.watched.lanes, self.watched.races = lanes, self
+        if flags & READS and self.batch.clusters is not None:
+            self.batch.clusters.observed(lanes)
         if flags and (self.clock.fenced or flags & RELEASES):
             self._synchronise(lanes, flags)
 
@@ -290,11 +293,7 @@ class Races:
         batch, program = self.batch, self.batch.program
         thread = (record & _LANE) - base
         cta_index, tid = divmod(thread + batch.first * batch.shape.lanes, batch.shape.lanes)
-
-        def split(index: int, sizes: tuple[int, int, int]) -> tuple[int, int, int]:
-            return index % sizes[0], index // sizes[0] % sizes[1], index // (sizes[0] * sizes[1])
-
-        cta, name = split(cta_index, batch.shape.grid), split(tid, batch.shape.block)
+        cta, name = ctaid(cta_index, batch.shape.grid, batch.shape.cluster), split(tid, batch.shape.block)
         line = self.clock.log[record >> _SHIFT]
         ins = next((i for block in program.blocks for i in block.instrs if i.line == line), None)
         place = where(program.ptx, ins, batch.machine.source_roots, "    ")
