@@ -504,7 +504,7 @@ def compile_block(parts: list[Block], layout: Layout, full: bool, dense: bool, n
 
 def is_poll(ins: Instr) -> bool:
     """Whether a loop around this instruction may be waiting for another thread."""
-    if ins.op in ("atom", "nanosleep") or (ins.op == "mbarrier" and {"try_wait", "test_wait"} & set(ins.mods)):
+    if ins.op in ("atom", "nanosleep") or (ins.op == "mbarrier" and "test_wait" in ins.mods):
         return True
     return ins.op == "ld" and bool({"volatile", "acquire", "relaxed"} & set(ins.mods))
 

@@ -247,8 +247,7 @@ class Mbarriers:
             barrier = self.find(position, lanes, which, what)
             total = int(np.broadcast_to(tx, lanes.shape)[which].astype(I64).sum())
             self._expect(barrier, sign * total, lanes, which)
-            if sign < 0:
-                self._settle(barrier)
+            self._settle(barrier)
 
     def _expect(self, barrier: Barrier, tx: int, lanes: Array, which: Any) -> None:
         if abs(barrier.tx + tx) > LIMIT:
@@ -295,13 +294,13 @@ class Mbarriers:
     def test(self, lanes: Array, addr: Array, generic: bool, value: Array, parity: bool, what: str) -> Array:
         """test_wait and try_wait: whether the phase of a state, or of a parity, is complete.
 
-        Under the random schedule the answer is sometimes no although it is; that is legal.
+        Under the random schedule try_wait sometimes says no although it is: its time may have run out.
         """
         at = self.locate(lanes, addr, generic, what)
         value = np.broadcast_to(value, lanes.shape)
         found = np.zeros(len(lanes), np.bool_)
         engine = self.batch.engine
-        hesitate = engine.completion == "random" and engine.dice.random() < 0.0625
+        hesitate = engine.completion == "random" and "try_wait" in what and engine.dice.random() < 0.0625
         for position, which in self._each(at):
             barrier = self.find(position, lanes, which, what)
             yes = self._over(barrier, value[which], parity)

@@ -207,7 +207,7 @@ class Races:
         tick = self.clock.tick()
         seen = self._seen()
         self.met[lanes] = tick
-        warps = np.unique(lanes >> 5) if len(lanes) > 1 else lanes >> 5
+        warps = warps_of(lanes)
         seen[warps, warps % self.columns] = tick
         found: Array = seen[warps].max(axis=0)
         return found
@@ -215,7 +215,7 @@ class Races:
     def acquire(self, lanes: Array, row: Array) -> None:
         """The warps of these lanes learn what was released."""
         seen = self._seen()
-        warps = np.unique(lanes >> 5) if len(lanes) > 1 else lanes >> 5
+        warps = warps_of(lanes)
         seen[warps] = np.maximum(seen[warps], row)
         self.met[lanes] = self.clock.tick()
 
@@ -301,6 +301,17 @@ class Races:
         return LaneFault(
             f"{kind} race on {what}: nothing orders it after the {verb} of CTA {cta}, thread {name}, at{place}", bad
         )
+
+
+def warps_of(lanes: Array) -> Array:
+    """The warps of lanes, which are in order."""
+    warps: Array = lanes >> 5
+    if len(warps) < 2:
+        return warps
+    first = np.ones(len(warps), np.bool_)
+    np.not_equal(warps[1:], warps[:-1], out=first[1:])
+    found: Array = warps[first]
+    return found
 
 
 def _pairs(threads: Array, cells: Array) -> Array:
