@@ -48,7 +48,7 @@ def run(
 
 
 def apply(op: str, ty: str, old: Array, values: tuple[Array, ...], ftz: bool) -> Array:
-    """What an atomic leaves of the old values, lane by lane."""
+    """What an atomic stores where `old` was."""
     b = values[0]
     if op == "exch":
         return b

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_rt.emulator import alu, atomics, clusters, collective, copies, mma, tma
+from dsv4_rt.emulator import alu, atomics, clusters, collective, copies, mma, remote, tma
 from dsv4_rt.emulator.ir import (
     TYPES,
     Address,
@@ -460,7 +460,7 @@ def new_namespace() -> dict[str, Any]:
     """What generated code sees."""
     names: dict[str, Any] = {"np": np, "where": np.where, "resize": alu.resize, "alu": alu}
     names |= {"collective": collective, "atomics": atomics, "clusters": clusters, "copies": copies, "mma": mma}
-    names |= {"tma": tma, "U1": np.bool_}
+    names |= {"remote": remote, "tma": tma, "U1": np.bool_}
     names |= {f"U{8 << k}": dtype for k, dtype in enumerate(UNSIGNED)}
     names |= {f"I{8 << k}": dtype for k, dtype in enumerate((np.int8, np.int16, np.int32, np.int64))}
     return names
@@ -504,7 +504,7 @@ def compile_block(parts: list[Block], layout: Layout, full: bool, dense: bool, n
 
 def is_poll(ins: Instr) -> bool:
     """Whether a loop around this instruction may be waiting for another thread."""
-    if ins.op in ("atom", "nanosleep") or (ins.op == "mbarrier" and {"try_wait", "test_wait"} & set(ins.mods)):
+    if ins.op in ("atom", "nanosleep") or (ins.op == "mbarrier" and "test_wait" in ins.mods):
         return True
     return ins.op == "ld" and bool({"volatile", "acquire", "relaxed"} & set(ins.mods))
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dsv4_rt.emulator.codegen import Emitter, Mods, handles, split_pair, var_of
+from dsv4_rt.emulator.codegen import HANDLERS, Emitter, Mods, handles, split_pair, var_of
 from dsv4_rt.emulator.ir import TYPES, Address, Instr, Number, Operand, Reg, Sink, Sym, Vector
 from dsv4_rt.emulator.isa_arith import result
-from dsv4_rt.emulator.isa_cluster import cluster_barrier, rank_bits
 from dsv4_rt.emulator.races import kind_of
 from dsv4_rt.errors import EmulatorError
 
@@ -155,6 +154,9 @@ def _used_bytes(e: Emitter, ins: Instr, items: list[Operand], k: int, ty: str) -
 
 @handles("st")
 def _store(e: Emitter, ins: Instr, m: Mods) -> None:
+    if "async" in ins.mods:
+        HANDLERS["st.async"](e, ins, m)
+        return
     space = _space(m)
     m.flag(*_CACHE, *_ORDER)
     m.flag("L2::cache_hint")
@@ -178,6 +180,9 @@ def _store(e: Emitter, ins: Instr, m: Mods) -> None:
 
 @handles("atom", "red")
 def _atomic(e: Emitter, ins: Instr, m: Mods) -> None:
+    if "async" in ins.mods:
+        HANDLERS["st.async"](e, ins, m)
+        return
     space = _space(m)
     m.flag(*_ORDER)
     m.flag("L2::cache_hint")
@@ -233,7 +238,8 @@ def _isspacep(e: Emitter, ins: Instr, m: Mods) -> None:
     if space in ("const", "param"):
         raise m.refuse()
     if space == "shared" and full != "shared::cluster" and e.namespace.get("clustered"):
-        result(e, ins.args[0], "pred", "clusters.is_own({}, {})", e.use(ins.args[1], "u64"), rank_bits(e))
+        ranks = "B.rank_bits" if e.full else f"B.rank_bits[{e.lanes}]"
+        result(e, ins.args[0], "pred", "clusters.is_own({}, {})", e.use(ins.args[1], "u64"), ranks)
         return
     result(e, ins.args[0], "pred", f"({{}} >> U64(48)) == U64({window})", e.use(ins.args[1], "u64"))
 
@@ -320,7 +326,7 @@ def _activemask(e: Emitter, ins: Instr, m: Mods) -> None:
 @handles("bar", "barrier")
 def _barrier(e: Emitter, ins: Instr, m: Mods) -> None:
     if "cluster" in ins.mods:
-        cluster_barrier(e, ins, m)
+        HANDLERS["barrier.cluster"](e, ins, m)
         return
     m.flag("cta", "aligned")
     if m.flag("warp"):

@@ -7,7 +7,9 @@ is kept. Both sides are one NumPy copy.
 
 What an H200 showed and the PTX ISA leaves open: with a swizzle a row takes a whole pattern row of shared memory however
 short it is; the swizzle works on absolute shared addresses; the coordinate along the contiguous axis must be a multiple
-of 16 bytes; NaN fill is the bits 0x7ff7; tf32 rounds to nearest even, and every NaN becomes 0x7fffe000.
+of 16 bytes, coordinates of stores must not be negative (else an illegal instruction); a load is clipped to elements, a
+store to 16 bytes, so that it writes up to 15 bytes beyond a row that is no multiple of 16; NaN fill is the bits 0x7ff7;
+tf32 rounds to nearest even, and every NaN becomes 0x7fffe000.
 """
 
 from __future__ import annotations
@@ -82,15 +84,17 @@ class Tile:
     box: tuple[int, ...]  # of all bytes of the box
 
 
-def clip(m: TileMap, coords: tuple[int, ...]) -> Tile:
-    """The part of a box that lies in the tensor.
+def clip(m: TileMap, coords: tuple[int, ...], out: bool = False) -> Tile:
+    """The part of a box that lies in the tensor; of a box that goes out, to whole 16 bytes.
 
     Raises:
-        LaneFault: the first coordinate is not a multiple of 16 bytes.
+        LaneFault: the first coordinate is not a multiple of 16 bytes, or one of a box that goes out is negative.
     """
+    if out and min(coords) < 0:
+        raise _fault(f"the coordinates {coords} of a store: negative ones are for loads only")
     if coords[0] * m.bits % 128:
         raise _fault(
-            f"the coordinate {coords[0]} of the contiguous axis is {coords[0] * m.bits / 8:g} B into a row of {m.dtype}, "
+            f"the coordinate {coords[0]} of the contiguous axis, of {m.dtype}, is {coords[0] * m.bits / 8:g} B, "
             "not a multiple of 16 B"
         )
     bits = m.bits
@@ -103,6 +107,9 @@ def clip(m: TileMap, coords: tuple[int, ...]) -> Tile:
         if hi <= lo:
             return Tile(m.address, 0, (), (), (), _box(m))
         if axis == 0:
+            if out:
+                per_chunk = 128 // bits
+                hi = min(m.counts[0], -(-hi // per_chunk) * per_chunk)
             first += (coords[0] + lo) * bits // 8
             shape.append((hi - lo) * bits // 8)
             strides.append(1)
@@ -211,7 +218,7 @@ def store(
             m = map_at(batch, int(tensor[i]), len(coords))
             if op and m.dtype not in REDUCTIONS[op]:
                 raise _fault(f"{REDUCE}.{op} of {m.dtype}; it takes {', '.join(REDUCTIONS[op])}")
-            tile = clip(m, _signed(coords, i))
+            tile = clip(m, _signed(coords, i), True)
             if tile.nbytes:
                 _view(batch, tile, True)
             (cta,), (offset,) = engine.locate(lanes[one], source[one], 1, 128, False, f"{kind} source")

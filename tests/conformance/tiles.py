@@ -12,7 +12,7 @@ import datetime
 import hashlib
 import json
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +66,7 @@ class Case:
         """(the tensor's bytes, those of shared memory)."""
         rng = np.random.default_rng(self.seed)
         extent = self.size + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
-        tensor = rng.integers(0, 256, -(-extent // 256) * 256, np.uint8)
+        tensor = rng.integers(0, 256, -(-extent // 256) * 256 + 256, np.uint8)
         shared = rng.integers(0, 256, BYTES, np.uint8)
         if self.op in ("add", "min", "max") and self.dtype in FLOATS:  # of like sizes, so that sums round and compare
             tensor, shared = (_floats(rng, len(each), self.dtype) for each in (tensor, shared))
@@ -107,13 +107,14 @@ def case(rng: np.random.Generator, op: str = "", dtype: str = "") -> Case:
         pitch = SWIZZLES[swizzle] or row * size
         if rows * pitch + 1024 <= BYTES and strides[0] * shape[0] < 1 << 21:
             break
-    coords = [int(rng.integers(-b, n + 2)) for b, n in zip(box, shape, strict=True)]
+    coords = [int(rng.integers(-b if op == "load" else 0, n + 2)) for b, n in zip(box, shape, strict=True)]
     if rng.random() < 0.05:
-        coords[int(rng.integers(rank))] = int(rng.choice([-(1 << 31), (1 << 31) - 16, 1 << 20]))
+        coords[int(rng.integers(rank))] = int(rng.choice([-(1 << 31) if op == "load" else 0, (1 << 31) - 16, 1 << 20]))
     coords[-1] = coords[-1] * size // 16 * 16 // size
     fill = "nan" if op == "load" and dtype in FLOATS and rng.random() < 0.4 else "zero"
     start = 128 * int(rng.integers(8))
-    return Case(op, dtype, shape, tuple(strides), box, steps, swizzle, fill, tuple(coords), start, int(rng.integers(1 << 31)))
+    seed = int(rng.integers(1 << 31))
+    return Case(op, dtype, shape, tuple(strides), box, steps, swizzle, fill, tuple(coords), start, seed)
 
 
 def cases(seed: int = SEED, count: int = COUNT) -> list[Case]:
@@ -132,7 +133,10 @@ def _places(c: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each element of the box: inside the tensor, its byte there, its byte in shared memory."""
     grid = np.indices(c.counts).reshape(len(c.box), -1)
     index = grid * np.array(c.steps)[:, None] + np.array(c.coords, np.int64)[:, None]
+    if c.op != "load":  # a store goes out in pieces of 16 bytes
+        index[-1] = index[-1] * c.size // 16 * 16 // c.size
     inside = ((index >= 0) & (index < np.array(c.shape)[:, None])).all(0)
+    index = grid * np.array(c.steps)[:, None] + np.array(c.coords, np.int64)[:, None]
     there = (index * np.array(c.strides)[:, None]).sum(0)
     row = np.ravel_multi_index(tuple(grid[:-1]), c.counts[:-1]) if len(c.box) > 1 else np.zeros(grid.shape[1], np.int64)
     pitch = SWIZZLES[c.swizzle] or c.box[-1] * c.size
@@ -167,7 +171,8 @@ def expected(c: Case) -> np.ndarray:
         data = np.broadcast_to(np.array([fill]).view(np.uint8)[np.arange(c.size) % 2], (len(here), c.size)).copy()
         data[inside] = _elements(tensor, there[inside], c.size)
         if c.dtype == "tf32":
-            data[inside] = _tf32(np.ascontiguousarray(data[inside]).view(np.uint32).reshape(-1)).view(np.uint8).reshape(-1, 4)
+            rounded = _tf32(np.ascontiguousarray(data[inside]).view(np.uint32).reshape(-1))
+            data[inside] = rounded.view(np.uint8).reshape(-1, 4)
         out[here[:, None] + np.arange(c.size)] = data
         return out
     source = np.ascontiguousarray(_elements(shared, here[inside], c.size))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from programs import ARCHITECTURES, ORDERS, line_of, run, write_source
 
+from dsv4_rt.emulator import Machine
 from dsv4_rt.errors import Deadlock, KernelFault, LaunchError
 
 CLUSTERS = [((2, 1, 1), (4, 2, 1)), ((1, 2, 1), (2, 4, 1)), ((2, 2, 1), (4, 2, 2)), ((1, 1, 2), (1, 1, 4)),
@@ -289,3 +290,56 @@ def test_planted_bugs_are_found_where_they_are(rng, tmp_path, name):
             run(text, "test", 4, 64, x, np.zeros_like(x), cluster=2, order=order, roots=(tmp_path,))
         message = str(caught.value)
         assert f"program.cu:{line_of(text, 'BUG')}" in message, message
+
+
+ASYNC = HELPERS + """
+__device__ void init(u64* bar, u32 bytes) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(saddr(bar)) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(saddr(bar)), "r"(bytes) : "memory");
+}
+__device__ void wait_for(u64* bar) {
+    asm volatile("{\\n.reg .pred P;\\nAGAIN:\\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 P, [%0], 0;\\n"
+                 "@P bra DONE;\\nbra AGAIN;\\nDONE:\\n}" :: "r"(saddr(bar)) : "memory");
+}
+// Each CTA sends four words a thread to its right neighbour, and adds into a word of rank 0.
+extern "C" __global__ void send(const uint4* x, uint4* y, u32* totals) {
+    __shared__ uint4 box[64]; __shared__ u32 total; __shared__ u64 full, sums;
+    u32 t = threadIdx.x, right = (rank() + 1) % size();
+    if (t == 0) { total = 0; init(&full, TX); init(&sums, rank() == 0 ? size() * 64 * 4 : 0); }
+    sync();
+    uint4 v = x[64 * blockIdx.x + t];
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
+                 :: "r"(mapa(saddr(&box[t]), right)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w),
+                    "r"(mapa(saddr(&full), right)) : "memory");
+    asm volatile("red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.add.u32 [%0], %1, [%2];"
+                 :: "r"(mapa(saddr(&total), 0)), "r"(v.x), "r"(mapa(saddr(&sums), 0)) : "memory");
+    WAIT
+    y[64 * blockIdx.x + t] = box[t]; // READ
+    if (rank() == 0) { wait_for(&sums); if (t == 0) totals[blockIdx.x / size()] = total; }
+    sync();
+}
+"""
+
+
+@pytest.mark.parametrize("completion", ["early", "late", "random"])
+def test_asynchronous_stores_to_a_neighbour(rng, completion):
+    x = rng.integers(0, 1 << 20, (8, 64, 4)).astype(np.uint32)
+    y, totals = np.full_like(x, 7), np.full(2, 7, np.uint32)
+    source = ASYNC.replace("TX", "1024").replace("WAIT", "wait_for(&full);")
+    run(source, "send", 8, 64, x, y, totals, cluster=4, machine=Machine("sm_90a", completion=completion))
+    assert np.array_equal(y.reshape(2, 4, 64, 4), np.roll(x.reshape(2, 4, 64, 4), 1, 1))
+    assert np.array_equal(totals, x.reshape(2, -1, 4)[..., 0].sum(1))
+
+
+@pytest.mark.parametrize("completion", ["early", "late", "random"])
+def test_asynchronous_stores_without_a_wait_or_with_wrong_bytes(rng, completion):
+    x = np.zeros((8, 64, 4), np.uint32)
+    for tx, wait, error, message in (
+        ("1024", "", KernelFault, r"reads the destination of an asynchronous st.async"),
+        ("1040", "wait_for(&full);", Deadlock, r"mbarrier(.|\n)*16"),
+    ):
+        source = ASYNC.replace("TX", tx).replace("WAIT", wait)
+        machine = Machine("sm_90a", completion=completion)
+        with pytest.raises(error, match=message):
+            run(source, "send", 8, 64, x, x.copy(), np.zeros(2, np.uint32), cluster=4, machine=machine)
