@@ -232,9 +232,14 @@ def sync_mask(ins: Instr) -> Operand:
     return Number(0xFFFFFFFF) if ins.op in MATRIX else ins.args[-1]
 
 
+def is_wait(ins: Instr) -> bool:
+    """Whether threads may be suspended at this instruction until an mbarrier's phase is complete."""
+    return ins.op == "mbarrier" and "try_wait" in ins.mods
+
+
 def is_sync(ins: Instr) -> bool:
-    """Whether threads meet at this instruction; a block starts there."""
-    return ins.op in WARP_SYNC or (ins.op in ("bar", "barrier") and "arrive" not in ins.mods)
+    """Whether threads meet, or wait, at this instruction; a block starts there."""
+    return ins.op in WARP_SYNC or is_wait(ins) or (ins.op in ("bar", "barrier") and "arrive" not in ins.mods)
 
 
 @dataclass(slots=True, eq=False)
