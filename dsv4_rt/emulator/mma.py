@@ -123,19 +123,23 @@ def _power(exponent: Array) -> Array:
     return ((exponent.astype(I64) + 1023) << 52).view(F64)
 
 
-def dot(a: Array, b: Array, c: Array, types: tuple[str, str, str], unit: Unit = MMA) -> Array:
+def dot(
+    a: Array, b: Array, c: Array, types: tuple[str, str, str], unit: Unit = MMA, negative: bool = False
+) -> Array:
     """d = a b + c of one unit's sum.
 
     Args:
         a: [K, M, X] bits of the first type; X is anything, such as warps.
         b: [K, N, X] bits of the second type.
         c: [M, N, X] bits of the accumulator's type, f32 or f16.
+        negative: subtract the products instead.
 
     Returns:
         d: [M, N, X] bits of the accumulator's type.
     """
     (va, ea), (vb, eb) = _numbers(types[0], a), _numbers(types[1], b)
     vc = _accumulator(types[2], c)
+    va = -va if negative else va
     special = None
     if not (np.isfinite(va).all() and np.isfinite(vb).all() and np.isfinite(vc).all()):
         product = np.matmul(np.moveaxis(va, (0, 1, 2), (2, 1, 0)).astype(F64), np.moveaxis(vb, 2, 0).astype(F64))
