@@ -60,6 +60,39 @@ class Entry:
     def __init__(self, op: Op | None, lo: int, hi: int, write: bool, seen: Completion | None, what: str = "") -> None:
         self.op, self.lo, self.hi, self.write, self.seen, self.what = op, lo, hi, write, seen, what
 
+    def hit(self, at: Array, size: int) -> Array:
+        """Which accesses of `size` bytes at some positions touch it."""
+        found: Array = (at < self.hi) & (at + size > self.lo)
+        return found
+
+
+class Pieces(Entry):
+    """What one instruction of many lanes writes: pieces of equal size, each with the lane that must wait for it."""
+
+    __slots__ = ("lanes", "order", "places", "size")
+
+    def __init__(self, op: Op, places: Array, size: int, lanes: Array, seen: Completion | None = None) -> None:
+        super().__init__(op, 0, 0, True, seen)
+        self.places, self.size, self.lanes = places, size, lanes
+        self._bound()
+
+    def _bound(self) -> None:
+        self.order = np.sort(self.places)
+        if len(self.places):
+            self.lo, self.hi = int(self.order[0]), int(self.order[-1]) + self.size
+
+    def hit(self, at: Array, size: int) -> Array:
+        last = np.searchsorted(self.order, at + size, side="left") - 1  # the last piece that begins before the end
+        found: Array = (last >= 0) & (self.order[np.maximum(last, 0)] + self.size > at)
+        return found
+
+    def split(self, chosen: Array) -> tuple[Array, Array]:
+        """Take chosen pieces out; returns their places and lanes."""
+        taken = self.places[chosen], self.lanes[chosen]
+        self.places, self.lanes = self.places[~chosen], self.lanes[~chosen]
+        self._bound()
+        return taken
+
 
 class Flight:
     """The entries of a batch, by CTA."""
@@ -165,12 +198,25 @@ class Flight:
         self._mark(entry)
 
     def _mark(self, entry: Entry) -> None:
+        if isinstance(entry, Pieces):
+            self._flag(entry.places, entry.size, WRITING)
+            return
         self.hot[entry.lo >> 2 : (entry.hi + 3) >> 2] |= WRITING if entry.write else READING
+
+    def _flag(self, places: Array, size: int, flags: int, keep: int = 0xFF) -> None:
+        """Set flags of the words of pieces, after clearing those not in `keep`."""
+        k = 0 if size <= 4 else 1 if size == 8 else 2
+        view, spread = self.views[k], _SPREAD & (1 << 8 * (1 << k)) - 1
+        at = places >> (2 + k)
+        view[at] = view[at] & view.dtype.type(keep * spread) | view.dtype.type(flags * spread)
 
     def drop(self, entry: Entry, cta: int) -> None:
         """Forget an entry."""
         entries = self.entries[cta]
         entries.remove(entry)
+        if isinstance(entry, Pieces):
+            self._flag(entry.places, entry.size, 0, UNFENCED)
+            return
         self.hot[entry.lo >> 2 : (entry.hi + 3) >> 2] &= UNFENCED
         for other in entries:
             if other.lo < entry.hi and other.hi > entry.lo:
@@ -194,7 +240,7 @@ class Flight:
             for entry in list(self.entries[cta]):
                 if not write and not entry.write:
                     continue
-                hit = mine[(place < entry.hi) & (place + size > entry.lo)]
+                hit = mine[entry.hit(place, size)]
                 if not len(hit):
                     continue
                 bad = hit[self.unknown(entry.seen, lanes[hit])]
@@ -259,6 +305,8 @@ class Flight:
         for entry in list(entries) if entries else ():
             if entry.lo >= hi or entry.hi <= lo or not (write or entry.write):
                 continue
+            if isinstance(entry, Pieces) and not ((entry.places < hi) & (entry.places + entry.size > lo)).any():
+                continue
             key = id(entry.seen)
             if key not in memo:
                 memo[key] = not len(self.unknown(entry.seen, lanes))
@@ -275,6 +323,52 @@ class Flight:
             self.hot[words] &= WRITING | READING
             if self.proxied:
                 self.fenced[words] = 0
+
+    # Operations of many lanes, for which each lane waits itself.
+
+    def claim_pieces(self, op: Op, lanes: Array, places: Array, size: int) -> None:
+        """Check what the lanes of one instruction are going to write, and add it."""
+        self.start()
+        self.check(lanes, places, size, True)
+        self.batch.shared.claim_pieces(lanes, places, size, op.kind)
+        if self.proxied:
+            self._flag(places, size, 0, WRITING | READING)
+        ctas = places // self.batch.shared.stride
+        for cta in np.unique(ctas).tolist():
+            mine = ctas == cta
+            entry = Pieces(op, places[mine], size, lanes[mine])
+            op.entries.append(entry)
+            self.add(entry, cta)
+
+    def waited(self, op: Op, lanes: Array) -> None:
+        """Lanes (as flags) have waited for their pieces: from now on these are stores of theirs."""
+        for entry in list(op.entries):
+            assert isinstance(entry, Pieces)
+            chosen = lanes[entry.lanes]
+            if entry.seen is not None or not chosen.any():
+                continue
+            places, who = entry.split(chosen)
+            self._flag(places, entry.size, UNFENCED if self.proxied else 0, UNFENCED)
+            self.batch.shared.stored(who, places, entry.size, op.line)
+            if not len(entry.places):
+                op.entries.remove(entry)
+                self.entries[int(places[0]) // self.batch.shared.stride].remove(entry)
+
+    def attach(self, op: Op, lanes: Array, seen: Completion) -> None:
+        """The pieces of lanes (as flags) are known to be complete by a phase of an mbarrier."""
+        for entry in list(op.entries):
+            assert isinstance(entry, Pieces)
+            chosen = lanes[entry.lanes]
+            if entry.seen is not None or not chosen.any():
+                continue
+            cta = int(entry.places[0]) // self.batch.shared.stride
+            places, who = entry.split(chosen)
+            part = Pieces(op, places, entry.size, who, seen)
+            op.entries.append(part)
+            self.entries[cta].append(part)
+            if not len(entry.places):
+                op.entries.remove(entry)
+                self.entries[cta].remove(entry)
 
     # The proxies.
 

@@ -11,7 +11,7 @@ opaque; here it holds the phase and the pending count before the arrival.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -185,8 +185,35 @@ class Mbarriers:
             states[which] = self._arrive(barrier, counts[which], row, drop, complete, lanes, which)
         return states
 
+    def promise(self, lanes: Array, addr: Array, generic: bool, counted: bool) -> Array:
+        """cp.async.mbarrier.arrive: positions of the barriers on which `arrive_later` will arrive for the lanes.
+
+        counted: without .noinc, the pending count is raised by one for each.
+        """
+        what = "cp.async.mbarrier.arrive"
+        at = self.locate(lanes, addr, generic, what)
+        for position, which in self._each(at):
+            barrier = self.find(position, lanes, which, what)
+            if counted:
+                barrier.pending += len(lanes[which])
+                if barrier.pending > LIMIT:
+                    over = f"{what}: the pending count of {self.name(position)} becomes {barrier.pending:,}"
+                    raise LaneFault(f"{over}; {LIMIT:,} is possible", _bad(lanes, which))
+        return at
+
+    def arrive_later(self, lanes: Array, at: Array, ops: Iterable[Op]) -> None:
+        """The pieces of these ops that the lanes issued are complete: the current phase tells so; arrive."""
+        for position, which in self._each(at):
+            barrier = self.live.get(position) or self.find(position, lanes, which, "cp.async.mbarrier.arrive")
+            chosen = np.zeros(self.batch.nlanes, np.bool_)
+            chosen[lanes[which]] = True
+            for op in ops:
+                self.batch.engine.flight.attach(op, chosen, barrier.complete)
+            counts = np.ones(len(lanes[which]), I64)
+            self._arrive(barrier, counts, None, False, True, lanes, which)
+
     def _arrive(
-        self, barrier: Barrier, counts: Array, row: Array, drop: bool, complete: bool, lanes: Array, which: Any
+        self, barrier: Barrier, counts: Array, row: Array | None, drop: bool, complete: bool, lanes: Array, which: Any
     ) -> Array:
         states = []
         left = counts
@@ -201,7 +228,8 @@ class Mbarriers:
                     f"({barrier.describe()}), initialised at{place}",
                     _bad(lanes, which),
                 )
-            barrier.gathered = row if barrier.gathered is None else np.maximum(barrier.gathered, row)
+            if row is not None:
+                barrier.gathered = row if barrier.gathered is None else np.maximum(barrier.gathered, row)
             total = int(left[:fits].sum())
             states.append((before[:fits] | barrier.phase << _COUNT_BITS).astype(U64))
             barrier.pending -= total

@@ -506,6 +506,25 @@ class RacyShared(LaneMemory):
             for kept in (shadow.stores, shadow.loads, shadow.loads_before):
                 kept[cells] = 0
 
+    def claim_pieces(self, lanes: Array, at: Array, size: int, what: str) -> None:
+        """The same for pieces of equal size, one for each lane, that an instruction will write."""
+        shadow = self._kept
+        if shadow is None:
+            return
+        cells, owners, many = cells_of(at, lanes, size, self._watch.grain)
+        for kind, bad, records in shadow.conflicts(self.races, cells, owners, 0, self.races.limit):
+            offset = int(at[bad[0] // many]) % self.stride + self.first
+            place = f"shared memory: {what} to shared offset {offset:#x}"
+            raise self.races.fault(kind, place, int(records[0]), 0, np.unique(bad // many))
+        for kept in (shadow.stores, shadow.loads, shadow.loads_before):
+            kept[cells] = 0
+
+    def stored(self, lanes: Array, at: Array, size: int, line: int) -> None:
+        """Pieces that an instruction wrote count as stores of the lanes, done now."""
+        cells, owners, _ = cells_of(at, lanes, size, self._watch.grain)
+        self.races.line, self.races.strong, self.races.fresh = line, False, True
+        self._shadow().write(self.races, cells, owners, 0, False)
+
     def last_stores(self, words: Array) -> tuple[Array, Array]:
         """(lane, tick) of the last ordinary store to each word."""
         kept = self._shadow().stores
