@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from dsv4_rt.emulator.async_ import DONE, Op, Span
 from dsv4_rt.emulator.descriptors import MatrixDescriptor, decode, element_addresses
+from dsv4_rt.emulator.inflight import Entry
 from dsv4_rt.emulator.memory import SHARED_FIRST, LaneFault
 from dsv4_rt.emulator.mma import (
     BYTES,
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 TEAM = 128
 ROWS = 64
-_JOIN = 128  # bytes: gaps below it are read as part of a range
+_JOIN = 256  # bytes: smaller gaps count as read; one slice of k of neighbouring rows lies at most that far apart
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def _reach(
     """(addresses [depth, rows] in elements, ranges of bytes [lo, hi)); small gaps are joined."""
     at = element_addresses(d, rows, depth, size, mn_major)
     chunks = np.unique(at >> 4)
-    breaks = np.nonzero(np.diff(chunks) > _JOIN >> 4)[0]
+    breaks = np.nonzero(np.diff(chunks) >= _JOIN >> 4)[0]
     first, last = chunks[np.r_[0, breaks + 1]], chunks[np.r_[breaks, len(chunks) - 1]]
     ranges = [(int(lo) << 4, int(hi) + 1 << 4) for lo, hi in zip(first, last, strict=True)]
     return np.ascontiguousarray(at.T) // size, ranges
@@ -102,10 +103,14 @@ class Warpgroups:
         self.flying = 0  # operations not waited for by all their warps
         self.running: dict[int, list[Running]] = {}  # by first lane of the warpgroup
         self.last: dict[int, Op] = {}
+        self.entries: dict[tuple[int, int, int], Entry] = {}  # the latest that reads a range, by (first lane, range)
         warps = batch.nlanes // 32
         self.committed = np.zeros(warps, np.int64)
         self.fenced = np.zeros(warps, np.bool_)
-        self.forms: list[tuple[int, Form]] = [(0, Form(0, 0, ("", "", "")))]  # number -> (line, form)
+        self.issued: list[tuple[int, Form, Array]] = []  # number - 1 -> (line, form, slots of the accumulator)
+        # Accumulators in flight as matrices, by (first lane, registers, slots). Nobody may look at their registers before a wait
+        # covers the last operation on them; only then are they written.
+        self.sums: dict[tuple[int, int, bytes], Array] = {}
         self._kept: dict[int, tuple[list[Array], Array, Array, Array]] = {}
 
     def _marks(self, registers: list[Array]) -> tuple[Array, Array, Array]:
@@ -133,7 +138,7 @@ class Warpgroups:
                     self._raise_in_flight(name, what, int(numbers[bad[0]]), bad)
 
     def _raise_in_flight(self, name: str, what: str, number: int, bad: Array) -> None:
-        line, _ = self.forms[number]
+        line, _, _ = self.issued[number - 1]
         raise LaneFault(
             f"register {name} is the {what} of an asynchronous wgmma.mma_async that no wgmma.wait_group of this thread "
             f"has covered, issued at{self.batch.engine.place(line)}",
@@ -172,6 +177,8 @@ class Warpgroups:
                 for marks, slots in zip(self._marks(each.registers), (each.accumulator, each.factor), strict=False):
                     part = marks[slots[:, None], warps]
                     marks[slots[:, None], warps] = np.where(part == each.number, 0, part)
+                if not self._marks(each.registers)[0][each.accumulator[:, None], warps].any():
+                    self._settle(owner, each.registers, each.accumulator)
                 each.waiting.difference_update(warps.tolist())
                 if not each.waiting:
                     self.running[owner].remove(each)
@@ -243,8 +250,8 @@ class Warpgroups:
         warps = lanes[::32] >> 5
         self._check_registers(lanes, warps, registers, form, names, accumulator, factor)
         cta = int(batch.cta[first])
-        number = len(self.forms)
-        self.forms.append((line, form))
+        self.issued.append((line, form, accumulator))
+        number = len(self.issued)
         reads: list[Span] = []
         places: list[Array | None] = [None] if len(factor) else []
         sides = [("A", ROWS, form.types[0], form.mn_major_a), ("B", form.columns, form.types[1], form.mn_major_b)]
@@ -280,6 +287,14 @@ class Warpgroups:
         batch.engine.issue(op)
         if op.sources is not None:
             op.sources.parties = ()
+        # A warpgroup's operations end in order: of those that read one range only the last is of interest.
+        known = batch.engine.flight.entries[cta]
+        for entry in op.entries:
+            key = (first, entry.lo, entry.hi)
+            old = self.entries.get(key)
+            if old is not None and old in known:
+                known.remove(old)
+            self.entries[key] = entry
 
     def _check_registers(
         self, lanes: Array, warps: Array, registers: list[Array], form: Form, names: tuple[str, ...],
@@ -300,8 +315,9 @@ class Warpgroups:
             )
         numbers = accumulating[accumulator[:, None], warps].max(axis=1)
         for number in np.unique(numbers[numbers > 0]).tolist():
-            other = self.forms[number][1]
-            if (other.columns, other.depth, other.types[2]) != (form.columns, form.depth, form.types[2]):
+            _, other, slots = self.issued[number - 1]
+            alike = (other.columns, other.depth, other.types[2]) == (form.columns, form.depth, form.types[2])
+            if not alike or not np.array_equal(slots, accumulator):
                 at = int(np.argmax(numbers == number))
                 self._raise_in_flight(names[at], "accumulator", number, everyone)
         for marks, mine, what, shift in (
@@ -351,12 +367,22 @@ class Warpgroups:
         self, lanes: Array, registers: list[Array], slots: Array, form: Form, left: Array, right: Array, scale: bool
     ) -> None:
         """accumulator = (accumulator if scale) + left right."""
-        ty = form.types[2]
-        index = result_index(ROWS, form.columns, TEAM)
-        flat = np.zeros(ROWS * form.columns, element_type(ty))
-        if scale:
+        ty, key = form.types[2], (int(lanes[0]), id(registers), slots.tobytes())
+        total = self.sums.get(key)
+        if not scale:
+            total = np.zeros((ROWS, form.columns, 1), element_type(ty))
+        elif total is None:
+            flat = np.empty(ROWS * form.columns, element_type(ty))
+            index = result_index(ROWS, form.columns, TEAM)
             flat[index.reshape(-1)] = team([registers[slot][lanes] for slot in slots], ty, TEAM)[0]
-        total = flat.reshape(ROWS, form.columns, 1)
-        found = dot(left[:, :, None], right[:, :, None], total, form.types, form.unit, form.negative)
-        for slot, values in zip(slots, untied(found.reshape(1, -1)[:, index], TEAM, np.uint32), strict=True):
-            registers[slot][lanes] = values
+            total = flat.reshape(ROWS, form.columns, 1)
+        self.sums[key] = dot(left[:, :, None], right[:, :, None], total, form.types, form.unit, form.negative)
+
+    def _settle(self, first: int, registers: list[Array], slots: Array) -> None:
+        """Write a sum to its registers."""
+        total = self.sums.pop((first, id(registers), slots.tobytes()), None)
+        if total is None:
+            return
+        index = result_index(ROWS, total.shape[1], TEAM)
+        for slot, values in zip(slots, untied(total.reshape(1, -1)[:, index], TEAM, np.uint32), strict=True):
+            registers[slot][first : first + TEAM] = values
