@@ -108,8 +108,8 @@ class Warpgroups:
         self.committed = np.zeros(warps, np.int64)
         self.fenced = np.zeros(warps, np.bool_)
         self.issued: list[tuple[int, Form, Array]] = []  # number - 1 -> (line, form, slots of the accumulator)
-        # Accumulators in flight as matrices, by (first lane, registers, slots). Nobody may look at their registers before a wait
-        # covers the last operation on them; only then are they written.
+        # Accumulators in flight as matrices, by (first lane, registers, slots). Nobody may look at their registers
+        # before a wait covers the last operation on them; only then are they written.
         self.sums: dict[tuple[int, int, bytes], Array] = {}
         self._kept: dict[int, tuple[list[Array], Array, Array, Array]] = {}
 
