@@ -51,6 +51,7 @@ def copy_async(
     part = np.nonzero((lengths < size) & (lengths > 0))[0]
     batch.races.touch(lanes, line, 0)
     _check_source(batch, source, whole, part, lengths, size)
+    source = source.copy()  # it may be a register, which another block changes in place
     k = min(3, size.bit_length() - 1)
 
     def read() -> Array:
