@@ -13,7 +13,7 @@ import numpy as np
 
 from dsv4_rt.compile import ARCHITECTURES, Artifact, kernels_dir
 from dsv4_rt.device import Geometry, LoadedKernel, Parameters
-from dsv4_rt.emulator import COMPLETIONS, LaunchReport, Machine
+from dsv4_rt.emulator import COMPLETIONS, LaunchReport, Machine, tensormap
 from dsv4_rt.errors import DeviceError
 
 CHECKS = {"global-writes": "check_global_writes", "uninitialised": "check_uninitialised"}  # name -> field
@@ -82,21 +82,34 @@ class EmulatedDevice:
 
     def bind(self, kernel: LoadedKernel, geometry: Geometry, params: Parameters) -> Callable[[int], None]:
         memory = self.machine.memory
+        entry = kernel.handle.entries[kernel.info.lowered]
+        # The PTX has the parameters where C puts them, the cubin may not: see cubin.Param.
+        moves = [
+            (offset, param.offset, size) for (offset, size), param in zip(entry.params, kernel.info.params, strict=True)
+        ]
+
+        def placed() -> bytes:
+            if all(to == at for to, at, _ in moves):
+                return bytes(params.buffer[: params.size])
+            found = bytearray(entry.param_bytes)
+            for to, at, size in moves:
+                found[to : to + size] = params.buffer[at : at + size]
+            return bytes(found)
 
         def launch(stream: int) -> None:
             with self._lock:
                 tokens = []
                 try:
-                    for r in params.regions.values():
+                    for r in (*params.regions.values(), *params.mapped):
                         tokens.append(memory.register(r.address, r.nbytes, label=r.label, writable=r.writable))
                     self.last_report = self.machine.launch(
                         kernel.handle,
                         kernel.info.lowered,
                         geometry.grid,
                         geometry.block,
-                        bytes(params.buffer[: params.size]),
+                        placed(),
                         dynamic_shared=geometry.shared,
-                        cluster=geometry.cluster or kernel.info.cluster or (1, 1, 1),
+                        cluster=geometry.cluster or kernel.info.cluster,
                         cooperative=geometry.cooperative,
                     )
                 finally:
@@ -104,6 +117,9 @@ class EmulatedDevice:
                         memory.unregister(token)
 
         return launch
+
+    def encode_tensor_map(self, fields: dict[str, Any]) -> bytes:
+        return tensormap.encode(fields)
 
     def empty(self, shape: int | Sequence[int], dtype: Any) -> Any:
         """An uninitialised NumPy array in the arena: poisoned, between red zones, freed with its last view."""

@@ -296,6 +296,8 @@ class Engine:
                 raise LaneFault(f"{what}: CTA rank {int(rank[wrong[0]])} in a cluster of {ranks}", wrong)
             cta = cta - cta % ranks + rank
             offset &= (1 << 24) - 1
+            if batch.clusters is not None:
+                batch.clusters.touch(lanes, cta)
         bad = np.nonzero((offset < SHARED_FIRST) | (offset + size > SHARED_FIRST + batch.shared.size))[0]
         if len(bad):
             raise LaneFault(
@@ -321,6 +323,8 @@ class Engine:
     def fill(self, span: Span, data: Array) -> None:
         """Write a span's bytes."""
         shared, lo = self.batch.shared, self.start(span)
+        if self.batch.clusters is not None:
+            self.batch.clusters.check_alive(span.cta)
         shared.views[0][lo : lo + span.hi - span.lo] = data
         shared.written[0][lo : lo + span.hi - span.lo] = 1
         shared.version += 1

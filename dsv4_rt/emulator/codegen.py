@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_rt.emulator import alu, atomics, collective, copies, mma
+from dsv4_rt.emulator import alu, atomics, clusters, collective, copies, mma, remote, tma
 from dsv4_rt.emulator.ir import (
     TYPES,
     Address,
@@ -287,7 +287,11 @@ class Emitter:
                 frame = f"F[{self.lanes}]" if self.guarded or not self.full else "F"
                 self.cached[key] = self.temp(f"{frame}.astype(U{bits})")
             return self.temp(f"{self.cached[key]} + U{bits}({var.offset + operand.offset})")
-        return self.number(self.layout.addresses[id(var)] + operand.offset, bits)
+        name = self.number(self.layout.addresses[id(var)] + operand.offset, bits)
+        if var.space == "shared" and self.namespace.get("clustered"):
+            lanes = f"[{self.lanes}]" if self.guarded or not self.full else ""
+            return self.temp(f"B.rank_bits{lanes}.astype(U{bits}) + {name}")
+        return name
 
     # Writing.
 
@@ -476,12 +480,12 @@ class Emitter:
 
 
 _PASSES_ON = frozenset("mov cvt cvta selp add sub mul mad fma neg abs min max div rem".split())
-NEEDS_LANES = frozenset("ld ldu ldg st atom red bar barrier cp mbarrier fence membar setmaxnreg".split())
+NEEDS_LANES = frozenset("tensormap ld ldu ldg st atom red bar barrier cp mbarrier fence membar".split())
 SPECIAL_BITS = {"clock64": 64, "globaltimer": 64, "gridid": 64}
 UNIFORM = frozenset(
     """ntid.x ntid.y ntid.z nctaid.x nctaid.y nctaid.z nwarpid nsmid gridid clock clock_hi clock64 globaltimer
-    globaltimer_lo globaltimer_hi nclusterid.x nclusterid.y nclusterid.z cluster_ctaid.x cluster_ctaid.y cluster_ctaid.z
-    cluster_nctaid.x cluster_nctaid.y cluster_nctaid.z cluster_ctarank cluster_nctarank is_explicit_cluster
+    globaltimer_lo globaltimer_hi nclusterid.x nclusterid.y nclusterid.z
+    cluster_nctaid.x cluster_nctaid.y cluster_nctaid.z cluster_nctarank is_explicit_cluster
     dynamic_smem_size total_smem_size aggr_smem_size""".split()
 )
 
@@ -500,7 +504,8 @@ def chain(blocks: list[Block], block: Block, first: int) -> list[Block]:
 def new_namespace() -> dict[str, Any]:
     """What generated code sees."""
     names: dict[str, Any] = {"np": np, "where": np.where, "resize": alu.resize, "alu": alu}
-    names |= {"collective": collective, "atomics": atomics, "copies": copies, "mma": mma, "U1": np.bool_}
+    names |= {"collective": collective, "atomics": atomics, "clusters": clusters, "copies": copies, "mma": mma}
+    names |= {"remote": remote, "tma": tma, "U1": np.bool_}
     names |= {f"U{8 << k}": dtype for k, dtype in enumerate(UNSIGNED)}
     names |= {f"I{8 << k}": dtype for k, dtype in enumerate((np.int8, np.int16, np.int32, np.int64))}
     return names
@@ -544,7 +549,7 @@ def compile_block(parts: list[Block], layout: Layout, full: bool, dense: bool, n
 
 def is_poll(ins: Instr) -> bool:
     """Whether a loop around this instruction may be waiting for another thread."""
-    if ins.op in ("atom", "nanosleep") or (ins.op == "mbarrier" and {"try_wait", "test_wait"} & set(ins.mods)):
+    if ins.op in ("atom", "nanosleep") or (ins.op == "mbarrier" and "test_wait" in ins.mods):
         return True
     return ins.op == "ld" and bool({"volatile", "acquire", "relaxed"} & set(ins.mods))
 

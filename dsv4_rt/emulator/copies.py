@@ -191,6 +191,9 @@ def bulk_remote(
 
     def one(i: int, lane: Array, nbytes: int) -> None:
         _multiple_of_16(what, 0, nbytes)
+        if batch.clusters is None:
+            why = "to shared::cluster from shared memory is an illegal instruction in a launch without clusters"
+            raise LaneFault(f"{what} {why}; launch with a cluster, if only of one CTA", np.zeros(1, I64))
         ((target, position),) = shared_targets(batch, lane, to[i : i + 1], barrier[i : i + 1], nbytes, None, i, what)
         span = _source(batch, lane, source[i : i + 1], nbytes, what)
 
@@ -240,8 +243,13 @@ def _multiple_of_16(what: str, address: int, nbytes: int) -> None:
 
 
 def reduce(op: str, ty: str, old: Array, new: Array, in_global: bool) -> Array:
-    """The bytes of op(old, new), element by element. add.f32 flushes subnormals in global memory, as red does."""
+    """The bytes of op(old, new), element by element.
+
+    As an H200 does it: add.f32 keeps subnormals, unlike red; add.f64 in global memory passes a NaN on as it is.
+    """
     width = {"f16": 2, "bf16": 2}.get(ty) or int(ty[1:]) // 8
     a, b = (np.frombuffer(each.tobytes(), f"u{width}") for each in (old, new))
-    found: Array = atomics.apply(op, ty, a, (b,), ty == "f32" and in_global)
+    if ty == "f64" and in_global:
+        op = "add.raw"
+    found: Array = atomics.apply(op, ty, a, (b,), False)
     return np.ascontiguousarray(found).view(U8)

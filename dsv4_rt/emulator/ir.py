@@ -218,13 +218,26 @@ def sources(ins: Instr) -> list[Reg]:
 
 
 MATRIX = frozenset({"mma", "ldmatrix", "stmatrix", "movmatrix", "wgmma"})  # the whole warp, without a mask
-WARP_SYNC = frozenset({"shfl", "vote", "match", "redux", "elect"}) | MATRIX
+UNMASKED = MATRIX | {"setmaxnreg"}
+WARP_SYNC = frozenset({"shfl", "vote", "match", "redux", "elect"}) | UNMASKED
 ENDS = frozenset({"bra", "ret", "exit", "trap", "brkpt", "call", "brx"})
 
 
 def is_warp_sync(ins: Instr) -> bool:
     """Whether the named lanes of a warp meet at this instruction."""
-    return (ins.op in WARP_SYNC and not is_warpgroup_sync(ins)) or (ins.op in ("bar", "barrier") and "warp" in ins.mods)
+    if ins.op in WARP_SYNC:
+        return not is_warpgroup_sync(ins)
+    return (ins.op in ("bar", "barrier") and "warp" in ins.mods) or is_cluster_arrive(ins)
+
+
+def is_cluster_arrive(ins: Instr) -> bool:
+    """Whether a whole warp arrives at the cluster barrier together."""
+    return ins.op == "barrier" and {"cluster", "arrive", "aligned"} <= set(ins.mods)
+
+
+def is_cluster_wait(ins: Instr | None) -> bool:
+    """Whether threads wait at the cluster barrier here."""
+    return ins is not None and ins.op == "barrier" and "cluster" in ins.mods and "wait" in ins.mods
 
 
 def is_warpgroup_sync(ins: Instr) -> bool:
@@ -239,7 +252,7 @@ def fragments(ins: Instr) -> list[Reg]:
 
 def sync_mask(ins: Instr) -> Operand:
     """The mask operand of a warp-wide instruction."""
-    return Number(0xFFFFFFFF) if ins.op in MATRIX else ins.args[-1]
+    return Number(0xFFFFFFFF) if ins.op in UNMASKED or is_cluster_arrive(ins) else ins.args[-1]
 
 
 def is_wait(ins: Instr) -> bool:
@@ -249,7 +262,7 @@ def is_wait(ins: Instr) -> bool:
 
 def is_sync(ins: Instr) -> bool:
     """Whether threads meet, or wait, at this instruction; a block starts there."""
-    return ins.op in WARP_SYNC or is_wait(ins) or (ins.op in ("bar", "barrier") and "arrive" not in ins.mods)
+    return is_warp_sync(ins) or is_wait(ins) or (ins.op in ("bar", "barrier") and "arrive" not in ins.mods)
 
 
 @dataclass(slots=True, eq=False)

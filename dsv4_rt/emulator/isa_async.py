@@ -156,7 +156,10 @@ def address_of_global(e: Emitter, operand: object) -> str:
 
 @handles("fence", "membar")
 def _fence(e: Emitter, ins: Instr, m: Mods) -> None:
-    """Memory is sequentially consistent here; fences order accesses for the checks of races and proxies."""
+    """Memory is sequentially consistent here; fences order accesses for the checks of races and proxies.
+
+    fence.mbarrier_init does nothing: that the init happens before other threads' use is checked at their use.
+    """
     proxy = m.flag("proxy")
     kind = m.choose("alias", "async", "async::generic", "tensormap::generic", "mbarrier_init")
     m.flag("sc", "acq_rel", "acquire", "release", "cta", "cluster", "gpu", "sys", "gl")
@@ -166,7 +169,7 @@ def _fence(e: Emitter, ins: Instr, m: Mods) -> None:
     if kind.startswith("async"):
         if "global" not in ins.mods:
             e.emit(f"B.engine.flight.fence({e.lanes})")
-    elif kind in ("", "mbarrier_init"):
+    elif not kind:
         e.emit(f"B.races.fence({e.lanes})")
 
 
@@ -179,4 +182,4 @@ def _set_registers(e: Emitter, ins: Instr, m: Mods) -> None:
     count = ins.args[0]
     if not isinstance(count, Number) or count.value % 8 or not 24 <= count.value <= 256:
         raise m.refuse(f"setmaxnreg: {ins.text}: the count must be a multiple of 8 from 24 to 256")
-    e.emit(f"B.whole_warps({e.lanes}, {ins.name!r})")
+    e.emit("B.races.meet(L)")

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from dsv4_rt.emulator.clusters import ctaid, split
 from dsv4_rt.emulator.ir import TYPES, Instr
 from dsv4_rt.emulator.memory import SHARED_FIRST, Generic, LaneFault, LaneMemory, used_flags
 from dsv4_rt.emulator.report import where
@@ -113,6 +114,8 @@ class Races:
             self.shared.lanes = lanes
         if self.watched is not None:
             self.watched.lanes, self.watched.races = lanes, self
+        if flags & READS and self.batch.clusters is not None:
+            self.batch.clusters.observed(lanes)
         if flags and (self.clock.fenced or flags & RELEASES):
             self._synchronise(lanes, flags)
 
@@ -204,7 +207,7 @@ class Races:
         tick = self.clock.tick()
         seen = self._seen()
         self.met[lanes] = tick
-        warps = np.unique(lanes >> 5) if len(lanes) > 1 else lanes >> 5
+        warps = warps_of(lanes)
         seen[warps, warps % self.columns] = tick
         found: Array = seen[warps].max(axis=0)
         return found
@@ -212,7 +215,7 @@ class Races:
     def acquire(self, lanes: Array, row: Array) -> None:
         """The warps of these lanes learn what was released."""
         seen = self._seen()
-        warps = np.unique(lanes >> 5) if len(lanes) > 1 else lanes >> 5
+        warps = warps_of(lanes)
         seen[warps] = np.maximum(seen[warps], row)
         self.met[lanes] = self.clock.tick()
 
@@ -290,11 +293,7 @@ class Races:
         batch, program = self.batch, self.batch.program
         thread = (record & _LANE) - base
         cta_index, tid = divmod(thread + batch.first * batch.shape.lanes, batch.shape.lanes)
-
-        def split(index: int, sizes: tuple[int, int, int]) -> tuple[int, int, int]:
-            return index % sizes[0], index // sizes[0] % sizes[1], index // (sizes[0] * sizes[1])
-
-        cta, name = split(cta_index, batch.shape.grid), split(tid, batch.shape.block)
+        cta, name = ctaid(cta_index, batch.shape.grid, batch.shape.cluster), split(tid, batch.shape.block)
         line = self.clock.log[record >> _SHIFT]
         ins = next((i for block in program.blocks for i in block.instrs if i.line == line), None)
         place = where(program.ptx, ins, batch.machine.source_roots, "    ")
@@ -302,6 +301,17 @@ class Races:
         return LaneFault(
             f"{kind} race on {what}: nothing orders it after the {verb} of CTA {cta}, thread {name}, at{place}", bad
         )
+
+
+def warps_of(lanes: Array) -> Array:
+    """The warps of lanes, which are in order."""
+    warps: Array = lanes >> 5
+    if len(warps) < 2:
+        return warps
+    first = np.ones(len(warps), np.bool_)
+    np.not_equal(warps[1:], warps[:-1], out=first[1:])
+    found: Array = warps[first]
+    return found
 
 
 def _pairs(threads: Array, cells: Array) -> Array:

@@ -1,9 +1,11 @@
 """cp.async, cp.async.bulk and cp.reduce.async.bulk move the right bytes, under every completion schedule."""
 
+import re
+
 import numpy as np
 import pytest
 from asynchronous import all_schedules, launch
-from programs import ARCHITECTURES
+from programs import ARCHITECTURES, run_ptx
 
 from dsv4_rt.errors import KernelFault, UnsupportedInstruction
 
@@ -168,10 +170,25 @@ def test_bulk_reduction(rng, completion, op):
     assert np.array_equal(y, want)
 
 
-def test_a_reduction_that_does_not_exist_is_refused():
-    x = np.zeros(1024, np.uint8)
-    with pytest.raises((UnsupportedInstruction, AssertionError), match=r"xor.u64"):  # some compilers refuse it first
-        launch(REDUCE.replace("OP", "xor.u64"), "fold", 1, 32, x, x.copy())
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "cp.reduce.async.bulk.global.shared::cta.bulk_group.xor.u64 [%rd1], [%r1], 16;",
+        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f16 [%rd1], [%r1], 16;",
+        "cp.reduce.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes.add.f32 [%r1], [%r1], 16, "
+        "[%r1];",
+        "cp.async.cg.shared.global [%r1], [%rd1], 8;",
+        "setmaxnreg.inc.sync.aligned.u32 100;",
+        "setmaxnreg.dec.sync.aligned.u32 16;",
+    ],
+)
+def test_what_does_not_exist_is_refused(instruction):
+    ptx = f""".version 8.5
+    .target sm_90a
+    .address_size 64
+    .visible .entry refused() {{ .reg .b32 %r<2>; .reg .b64 %rd<2>; {instruction} ret; }}"""
+    with pytest.raises(UnsupportedInstruction, match=re.escape(instruction.split()[0].split(".")[0])):
+        run_ptx(ptx, "refused", 1, 32)
 
 
 @pytest.mark.parametrize(
