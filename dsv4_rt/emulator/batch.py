@@ -246,16 +246,6 @@ class Batch:
         if not flags.all():
             raise LaneFault(f"register {name} becomes {use}, but no instruction has set it", np.nonzero(~flags)[0])
 
-    def whole_warps(self, lanes: Array, what: str) -> None:
-        """An .aligned instruction: all threads of a warp that have not exited execute it together."""
-        here = collective.warp_bits(self.nlanes, lanes)
-        living = collective.warp_bits(self.nlanes, np.nonzero(self.alive)[0])
-        warp = lanes >> 5
-        split = np.nonzero(here[warp] != living[warp])[0]
-        if len(split):
-            missing = int(living[warp[split[0]]] & ~here[warp[split[0]]])
-            raise LaneFault(f"{what}: lanes {missing:#010x} of the warp do not execute it with the others", split)
-
     def sleep(self) -> None:
         self.naps += 1
 

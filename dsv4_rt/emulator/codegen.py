@@ -387,7 +387,7 @@ class Emitter:
             self.emit(f"if B.warpgroups.flying: B.warpgroups.touch({lanes}, R, {slots}, {names})")
             if not self.mask:
                 self.observed.update(unseen)
-        if not (ins.op == "mov" and isinstance(ins.args[-1], Reg)):
+        if ins.op != "mov":  # compilers put copies and constants wherever they like
             self.touched.update(dict.fromkeys(mine, ins.line))
 
     def constant_array(self, values: list[int]) -> str:
@@ -480,7 +480,7 @@ class Emitter:
 
 
 _PASSES_ON = frozenset("mov cvt cvta selp add sub mul mad fma neg abs min max div rem".split())
-NEEDS_LANES = frozenset("tensormap ld ldu ldg st atom red bar barrier cp mbarrier fence membar setmaxnreg".split())
+NEEDS_LANES = frozenset("tensormap ld ldu ldg st atom red bar barrier cp mbarrier fence membar".split())
 SPECIAL_BITS = {"clock64": 64, "globaltimer": 64, "gridid": 64}
 UNIFORM = frozenset(
     """ntid.x ntid.y ntid.z nctaid.x nctaid.y nctaid.z nwarpid nsmid gridid clock clock_hi clock64 globaltimer

@@ -218,14 +218,16 @@ def sources(ins: Instr) -> list[Reg]:
 
 
 MATRIX = frozenset({"mma", "ldmatrix", "stmatrix", "movmatrix", "wgmma"})  # the whole warp, without a mask
-WARP_SYNC = frozenset({"shfl", "vote", "match", "redux", "elect"}) | MATRIX
+UNMASKED = MATRIX | {"setmaxnreg"}
+WARP_SYNC = frozenset({"shfl", "vote", "match", "redux", "elect"}) | UNMASKED
 ENDS = frozenset({"bra", "ret", "exit", "trap", "brkpt", "call", "brx"})
 
 
 def is_warp_sync(ins: Instr) -> bool:
     """Whether the named lanes of a warp meet at this instruction."""
-    meets = ins.op in WARP_SYNC and not is_warpgroup_sync(ins)
-    return meets or (ins.op in ("bar", "barrier") and "warp" in ins.mods) or is_cluster_arrive(ins)
+    if ins.op in WARP_SYNC:
+        return not is_warpgroup_sync(ins)
+    return (ins.op in ("bar", "barrier") and "warp" in ins.mods) or is_cluster_arrive(ins)
 
 
 def is_cluster_arrive(ins: Instr) -> bool:
@@ -248,19 +250,20 @@ def fragments(ins: Instr) -> list[Reg]:
     return [reg for operand in ins.args[:2] if isinstance(operand, Vector) for reg in regs_in(operand)]
 
 
+def sync_mask(ins: Instr) -> Operand:
+    """The mask operand of a warp-wide instruction."""
+    return Number(0xFFFFFFFF) if ins.op in UNMASKED or is_cluster_arrive(ins) else ins.args[-1]
+
+
 def is_wait(ins: Instr) -> bool:
     """Whether threads may be suspended at this instruction until an mbarrier's phase is complete."""
     return ins.op == "mbarrier" and "try_wait" in ins.mods
 
 
-def sync_mask(ins: Instr) -> Operand:
-    """The mask operand of a warp-wide instruction."""
-    return Number(0xFFFFFFFF) if ins.op in MATRIX or is_cluster_arrive(ins) else ins.args[-1]
-
-
 def is_sync(ins: Instr) -> bool:
     """Whether threads meet, or wait, at this instruction; a block starts there."""
-    return is_warp_sync(ins) or is_wait(ins) or (ins.op in ("bar", "barrier") and "arrive" not in ins.mods)
+    meets = is_warp_sync(ins) or is_warpgroup_sync(ins) or is_wait(ins)
+    return meets or (ins.op in ("bar", "barrier") and "arrive" not in ins.mods)
 
 
 @dataclass(slots=True, eq=False)
