@@ -268,6 +268,15 @@ class Engine:
         groups.ops = left
         return taken
 
+    def left_reading(self, lanes: Array) -> tuple[str, int] | None:
+        """(message, lane) if one of these lanes, which exit, has not waited for what reads its CTA's shared memory."""
+        for op in self.groups["bulk"].ops if "bulk" in self.groups else ():
+            seen = None if op.sources is None else op.sources.seen
+            if op.reads and op.lane in lanes and (seen is None or not seen[op.lane]):
+                what = f"the thread exits while its asynchronous {op.kind} may still read shared memory: it has not waited"
+                return f"{what} (cp.async.bulk.wait_group.read) since it was issued at{self.place(op.line)}", op.lane
+        return None
+
     def wait_all(self, kind: str, lanes: Array) -> None:
         """Wait for all ops of a kind that the lanes have issued, committed or not."""
         self.wait_group(kind, lanes, -1)
@@ -325,6 +334,8 @@ class Engine:
         shared, lo = self.batch.shared, self.start(span)
         if self.batch.clusters is not None:
             self.batch.clusters.check_alive(span.cta)
+        if shared.tiles is not None:
+            shared.tiles.forget_range(lo, lo + span.hi - span.lo)
         shared.views[0][lo : lo + span.hi - span.lo] = data
         shared.written[0][lo : lo + span.hi - span.lo] = 1
         shared.version += 1

@@ -38,6 +38,7 @@ from dsv4_rt.emulator.mbarrier import Mbarriers
 from dsv4_rt.emulator.memory import LOCAL_FIRST, LaneFault, LaneMemory
 from dsv4_rt.emulator.races import Races, RacyGeneric, RacyShared
 from dsv4_rt.emulator.report import LaunchReport, Triple, fault, where
+from dsv4_rt.emulator.tiles import Tiles
 from dsv4_rt.emulator.watched import WatchedMemory
 from dsv4_rt.emulator.wgmma import Warpgroups
 from dsv4_rt.errors import Deadlock, EmulatorError, KernelFault, UnsupportedInstruction
@@ -156,6 +157,8 @@ class Batch:
         self.engine = Engine(self, machine.completion, machine.dice)
         self.mbarriers = Mbarriers(self)
         self.warpgroups = Warpgroups(self)
+        if program.tiled:
+            self.shared.tiles = Tiles(count * self.shared.stride >> 4)
         self.generic: RacyGeneric = RacyGeneric(self.memory, self.shared, self.local)
         self.shared_base = self.shared.bases(self.cta)
         self.local_base = self.local.bases(self.all)
@@ -598,6 +601,8 @@ class Batch:
         except LaneFault as error:
             ins, who = self._origin(error, code.lines, lanes)
             raise self.fault(error.what, ins, who[error.bad]) from None
+        except KernelFault:
+            raise  # of an asynchronous operation that ran now: it names its own instruction
         except UnsupportedInstruction as error:
             ins, _ = self._origin(error, code.lines, lanes)
             place = where(self.program.ptx, ins, self.machine.source_roots)
@@ -643,6 +648,9 @@ class Batch:
                 self._return(key, int(to), group.lanes[back == to])
         elif block.kind in ("ret", "exit"):
             self.alive[group.lanes] = False
+            leaving = self.engine.left_reading(group.lanes)
+            if leaving is not None:
+                raise self.fault(leaving[0], block.end, np.array([leaving[1]]))
             if not self.alive.any():
                 self.engine.drain()
             if self.clusters is not None:

@@ -71,6 +71,8 @@ def copy_async(
             batch.shared.views[k][(places >> k) + j] = view[:, j]
             batch.shared.written[k][(places >> k) + j] = 0x0101010101010101 & (1 << 8 * (1 << k)) - 1
         batch.shared.version += 1
+        if batch.shared.tiles is not None:
+            batch.shared.tiles.forget(places, size)
 
     op = Op(what, line, int(lanes[0]), [], [], read, write, proxy="generic", group=what)
     engine.issue_pieces(op, lanes, places, size)

@@ -80,6 +80,7 @@ class Program:
     registers: dict[str, list[tuple[int, int]]]  # function -> (slot, bits) of registers and their shadows
     shared_bytes: int
     local_bytes: int
+    tiled: bool = False  # whether TMA writes tiles and wgmma reads them: see `tiles.py`
     proxied: bool = False  # whether something reads shared memory through the async proxy
     symbols: dict[int, str] = field(default_factory=dict)  # shared offset -> variable
     namespace: dict[str, Any] = field(default_factory=new_namespace)
@@ -199,6 +200,8 @@ def _build(module: Module, name: str, clustered: bool) -> Program:
     program = Program(
         ptx, ptx.functions[name], blocks, first, layouts, registers, shared[1], STACK if calls else 0
     )
+    ops = {(ins.op, mod) for function in order for ins in function.instrs for mod in ins.mods}
+    program.tiled = ("wgmma", "mma_async") in ops and ("cp", "tensor") in ops
     program.proxied = any(_reads_by_proxy(ins) for function in order for ins in function.instrs)
     program.symbols = {shared[0][id(var)]: var.name for var in shared[2]}
     program.namespace["watch_global"] = isinstance(module.memory, WatchedMemory)

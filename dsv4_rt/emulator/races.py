@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from dsv4_rt.emulator.batch import Batch
     from dsv4_rt.emulator.inflight import Flight
     from dsv4_rt.emulator.machine import Program
+    from dsv4_rt.emulator.tiles import Tiles
 
 Array = npt.NDArray[Any]
 I64 = np.int64
@@ -457,6 +458,7 @@ class RacyShared(LaneMemory):
         self._slices = slices
         self._kept: Shadow | None = None
         self.flight: Flight | None = None  # what asynchronous operations touch, once there is one
+        self.tiles: Tiles | None = None  # where tiles lie, in kernels whose products read them
         self._watch = Watch("shared memory", grain_of(races.batch.program, "shared"), self._shadow, False)
         self._atomic = False
 
@@ -469,6 +471,8 @@ class RacyShared(LaneMemory):
         at = super().place(addr, base, size, write)
         if self.flight is not None:
             self.flight.check(self.lanes, at, size, write)
+        if write and self.tiles is not None:
+            self.tiles.forget(at, size)
         if not write:
             self._watch.read(self.races, self.lanes, addr, at, size)
         elif self._atomic:

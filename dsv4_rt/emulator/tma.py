@@ -197,10 +197,13 @@ def load(
                 return gather(batch, m, tile)
 
             def write(
-                data: Array, targets: list[tuple[int, int]] = targets, start: int = start, where: Chunks = where
+                data: Array, m: TileMap = m, targets: list[tuple[int, int]] = targets, start: int = start,
+                where: Chunks = where,
             ) -> None:
                 for each, _ in targets:
                     _fill(batch, each, start, where, data)
+                    if batch.shared.tiles is not None:
+                        batch.shared.tiles.put(_places(batch, each, start, where), line, m.row_bytes)
 
             engine.issue(Op(KIND, line, int(lanes[i]), [], spans, read, write, barriers=barriers))
         except LaneFault as error:

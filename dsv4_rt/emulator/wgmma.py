@@ -42,7 +42,8 @@ from dsv4_rt.emulator.mma import (
     team,
     untied,
 )
-from dsv4_rt.errors import EmulatorError
+from dsv4_rt.emulator.tiles import Operand
+from dsv4_rt.errors import EmulatorError, KernelFault
 
 if TYPE_CHECKING:
     from dsv4_rt.emulator.batch import Batch
@@ -93,6 +94,17 @@ class Running:
     accumulator: Array  # slots
     factor: Array
     waiting: set[int]  # warps
+
+
+def _check_rank(matrix: Operand, rank: int) -> None:
+    """Shared addresses of a CTA in a cluster have its rank in bits 24 and up; in a descriptor those are the leading
+    offset, which a swizzled K-major matrix does not use: the bug shows with other layouts only."""
+    field = matrix.descriptor.leading >> 4
+    if rank and not matrix.mn_major and matrix.descriptor.swizzle and field >> 4 == rank and field & 15 <= 1:
+        raise EmulatorError(
+            f"the descriptor of {matrix.name} holds the CTA's rank in its cluster, {rank}, in the leading offset: an "
+            "address that was not masked with 0x3FFFF"
+        )
 
 
 class Warpgroups:
@@ -237,6 +249,8 @@ class Warpgroups:
                 bits.append(int(mine[0]))
             try:
                 self._start(lanes[part], registers, line, form, names, accumulator, factor, bits)
+            except KernelFault:
+                raise  # of the operation itself, under the early schedule
             except EmulatorError as error:
                 raise LaneFault(f"wgmma: {error}", np.arange(start, start + TEAM)) from None
             except LaneFault as error:
@@ -253,15 +267,19 @@ class Warpgroups:
         self.issued.append((line, form, accumulator))
         number = len(self.issued)
         reads: list[Span] = []
+        operands: list[Operand] = []
         places: list[Array | None] = [None] if len(factor) else []
         sides = [("A", ROWS, form.types[0], form.mn_major_a), ("B", form.columns, form.types[1], form.mn_major_b)]
         for (what, rows, ty, mn_major), word in zip(sides[len(places) :], bits, strict=False):
             place, ranges = self._place(word, what, rows, form.depth, BYTES[ty], mn_major)
             reads += [Span(cta, lo, hi) for lo, hi in ranges]
             places.append(place + (cta * batch.shared.stride - SHARED_FIRST) // BYTES[ty])
+            operands.append(Operand(what, decode(word), rows, BYTES[ty], mn_major))
+            _check_rank(operands[-1], cta % batch.cluster_size)
         scale = bool(bits[-1])
 
         def read() -> list[Array]:
+            self._check_tiles(cta, form.depth, operands)
             if places[0] is None:
                 regs = [registers[slot][lanes] for slot in factor]
                 index = factor_index(ROWS, form.depth, BYTES[form.types[0]], TEAM)
@@ -348,6 +366,15 @@ class Warpgroups:
                 f"{SHARED_FIRST:#x} to {end:#x}"
             )
         return place + base // size, [(base + first, base + last) for first, last in ranges]
+
+    def _check_tiles(self, cta: int, depth: int, operands: list[Operand]) -> None:
+        tiles = self.batch.shared.tiles
+        if tiles is None:
+            return
+        wrong = tiles.check(cta * self.batch.shared.stride - SHARED_FIRST, depth, operands)
+        if wrong is not None:
+            line, what = wrong
+            raise LaneFault(f"wgmma: {what}; the copy was issued at{self.batch.engine.place(line)}", np.zeros(1, int))
 
     def _take(self, place: Array, ty: str, what: str) -> Array:
         """The elements of a matrix, [depth, rows], which must have been written."""

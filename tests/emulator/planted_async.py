@@ -1,6 +1,8 @@
-"""Bugs planted in the kernels of hopper/: a change of their text, the report it must lead to and where that points.
+"""Bugs planted in the kernels of hopper/: a change of their text, the check that must find it, and where that points.
 
-`python tests/emulator/planted_async.py` runs all under every schedule and prints the table of the emulator's README.
+    python tests/emulator/planted_async.py       # run all under every schedule and write the emulator's README
+
+`-v` prints every report instead.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).parent
+README = HERE.parents[1] / "dsv4_rt" / "emulator" / "README.md"
+BEGIN, END = "<!-- planted: python tests/emulator/planted_async.py -->", "<!-- /planted -->"
 if __name__ == "__main__":
     sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
@@ -32,84 +36,139 @@ class Plant:
     kernel: str
     old: str  # once in the text of the kernel, or of hopper.cuh
     new: str
-    message: str  # of the report, a regular expression
-    at: str = ""  # in the text of a source line the report names; "" where `new` is
+    check: str  # of CHECKS: what reports it, under every schedule, the first if several could
+    at: str  # in the text of a source line that the report quotes
 
 
-PLANTS: dict[str, Plant] = {}
-EXPECT = "mbarrier_arrive_expect(barrier, STAGE)"
+# What a report says -> the check, as the table names it. The first that fits counts.
+CHECKS = {
+    "in flight, read": "reads the destination of an asynchronous",
+    "in flight, written": "overwrites the (destination|source) of an asynchronous",
+    "registers in flight": "is the accumulator of an asynchronous wgmma",
+    "wgmma.fence": "without a wgmma.fence|missing wgmma.fence",
+    "proxy fence": "no fence.proxy.async lies between",
+    "descriptor and tile": "is not what its descriptor|take different k",
+    "descriptor": "holds the CTA's rank",
+    "alignment": "is not a multiple of",
+    "mbarrier order": "nothing orders it after the init of the mbarrier",
+    "mbarrier count": "more arrivals than the phase expects",
+    "deadlock": "no thread can go on",
+    "race": "race on shared memory",
+    "uninitialised": "uninitialised shared memory",
+    "cluster exit": "the CTA exits while others may still access",
+    "cluster rank": "names rank",
+    "exit": "the thread exits while its asynchronous",
+}
+WRITES = "for (int i = threadIdx.x; i < ROWS * COLUMNS; i += 128) out[b][i] = s * in[b][i];"
+LOAD_A, PRODUCT = "tma_load_2d(stage, &a", "wgmma_64x128x16(acc"
 
-
-def plant(name, kernel, old, new, message, at=""):
-    PLANTS[name] = Plant(kernel, old, new, message, at)
-
-
-# The ring: transaction bytes, phases, waits.
-plant("no expect_tx", "gemm_ring", EXPECT, "mbarrier_arrive(barrier)", "in flight|not been observed", "wgmma")
-plant("expect_tx too small", "gemm_ring", EXPECT, EXPECT.replace("STAGE", "STAGE / 2"), "in flight|tx", "")
-plant("expect_tx too large", "gemm_ring", EXPECT, EXPECT.replace("STAGE", "STAGE + 16"), r"tx", "mbarrier")
-plant("no full wait", "gemm_ring", "mbarrier_wait(shared_address(&full[s]), i / STAGES & 1);", "",
-      "in flight|not been observed|uninitialised", "wgmma")
-plant("wrong full parity", "gemm_ring", "&full[s]), i / STAGES & 1)", "&full[s]), (i / STAGES & 1) ^ 1)",
-      "in flight|not been observed|uninitialised|no thread can go on", "")
-plant("wrong empty parity", "gemm_ring", "(i / STAGES & 1) ^ 1);   //", "i / STAGES & 1);   //", "no thread can go on",
-      "mbarrier")
-plant("no empty wait", "gemm_ring", "mbarrier_wait(shared_address(&empty[s]), (i / STAGES & 1) ^ 1);", "",
-      "overwrit|in flight|still read", "")
-plant("slot freed too early", "gemm_ring", "&empty[(i - 1) % STAGES]", "&empty[i % STAGES]", "overwrit|still read|in flight",
-      "")
-plant("products not waited for", "gemm_ring", "wgmma_wait<1>();", "", "overwrit|still read|in flight", "")
-plant("accumulator read too early", "gemm_ring", "wgmma_wait<0>();", "", "wait_group|in flight", "")
-plant("no wgmma.fence", "gemm_ring", "wgmma_fence();", "", "wgmma.fence", "")
-plant("empty counts one warpgroup", "gemm_ring", "mbarrier_init(shared_address(&empty[s]), 2)",
-      "mbarrier_init(shared_address(&empty[s]), 1)", "overwrit|still read|in flight|arriv", "")
-plant("empty counts three", "gemm_ring", "mbarrier_init(shared_address(&empty[s]), 2)",
-      "mbarrier_init(shared_address(&empty[s]), 3)", "no thread can go on", "mbarrier")
-plant("barriers used before init", "gemm_ring", "    __syncthreads();\n\n    if (group == 0)", "\n    if (group == 0)",
-      "mbarrier|race", "")
-plant("no fence after mbarrier init", "gemm_ring", "fence_mbarrier_init();", "", "fence", "")
-plant("wrong swizzle", "gemm_ring", "u64(1) << 62", "u64(2) << 62", "swizzle", "wgmma")
-plant("wrong SBO", "gemm_ring", "u64(1024 >> 4) << 32", "u64(512 >> 4) << 32", "descriptor|row", "wgmma")
-plant("wrong K advance", "gemm_ring", "da + 2 * k, db", "da + k, db", "descriptor|k ", "wgmma")
-plant("stage not aligned", "gemm_ring", "(shared_address(raw) + 1023) & ~1023u", "(shared_address(raw) + 1023 & ~1023u) + 8",
-      "align", "")
-# Clusters.
-plant("cluster address not masked", "gemm_multicast", "(address & 0x3ffff) >> 4", "address >> 4", "descriptor|bit", "wgmma")
-plant("no cluster barrier before exit", "gemm_multicast", "    cluster_sync();                                           // the other",
-      "// the other", "exit", "")
-plant("block barrier for a cluster barrier", "gemm_multicast", "    cluster_sync();                                           // no copy",
-      "    __syncthreads(); // no copy", "mbarrier|init|race", "")
-plant("empty counts one block", "gemm_multicast", "mbarrier_init(shared_address(&empty[s]), 2);",
-      "mbarrier_init(shared_address(&empty[s]), 1);", "overwrit|still read|in flight|arriv", "")
-plant("multicast to one block", "gemm_multicast", "barrier, 0b11)", "barrier, 0b01)", "no thread can go on|in flight|tx", "")
-plant("both blocks load one half", "gemm_multicast", "stage + HALF + rank * (HALF / 2)", "stage + HALF",
-      "in flight|uninitialised|overwrit", "")
-plant("no barrier before the mailbox is read", "split_k_cluster", "    cluster_sync();                                           // all partial",
-      "    __syncthreads(); // all partial", "race|uninitialised", "mailbox[r]")
-plant("a rank that is not there", "split_k_cluster", "e % OWN]), e / OWN)", "e % OWN]), e / OWN + 1)", "rank|cluster", "")
-# cp.async.
-plant("waits for too few groups", "cp_async_ring", "cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()",
-      "in flight|not been observed|uninitialised", "ldmatrix")
-plant("no barrier after the wait", "cp_async_ring", "__syncthreads();                                      // everyone's", "// everyone's",
-      "race|in flight|not been observed|uninitialised", "")
-plant("no commit", "cp_async_ring", "        cp_async_commit();", "", "in flight|not been observed|uninitialised", "ldmatrix")
-plant("slot filled while it is read", "cp_async_ring",
-      "        __syncthreads();                                      // everyone's are, and step i - 1 has been read\n        fill(i + STAGES - 1);",
-      "        fill(i + STAGES - 1);\n        __syncthreads();", "race|overwrit|still", "")
-plant("cp.async not aligned", "cp_async_ring", "PITCH = 80", "PITCH = 72", "align", "")
-# Stores by TMA.
-plant("no proxy fence before a store", "scale_tiles", "fence_async_shared(); ", "", "fence.proxy.async", "tma_store_2d")
-plant("proxy fence before the writes", "scale_tiles",
-      "for (int i = threadIdx.x; i < ROWS * COLUMNS; i += 128) out[b][i] = s * in[b][i];\n        fence_async_shared();",
-      "fence_async_shared();\n        for (int i = threadIdx.x; i < ROWS * COLUMNS; i += 128) out[b][i] = s * in[b][i];",
-      "fence.proxy.async", "tma_store_2d")
-plant("buffer reused under a store", "scale_tiles",
-      'if (threadIdx.x == 0) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");', "",
-      "still read|in flight|overwrit", "out[b][i]")
-plant("store not committed", "scale_tiles", "            bulk_commit();\n", "", "still read|in flight|overwrit|exit", "")
-plant("exit while a store reads", "scale_tiles", "    if (threadIdx.x == 0) bulk_wait_read();  ", "    //", "exit", "")
-plant("tile loaded into a buffer in use", "scale_tiles", "load(tile + gridDim.x, b ^ 1);", "load(tile + gridDim.x, b);",
-      "in flight|overwrit|tx|no thread can go on", "")
+PLANTS = {
+    # The ring: transaction bytes, phases, waits.
+    "no expect_tx": Plant(
+        "gemm_ring", "mbarrier_arrive_expect(barrier, STAGE)", "mbarrier_arrive(barrier)", "in flight, read", PRODUCT
+    ),
+    "expect_tx too small": Plant(
+        "gemm_ring", "expect(barrier, STAGE)", "expect(barrier, STAGE / 2)", "in flight, read", PRODUCT
+    ),
+    "expect_tx too large": Plant(
+        "gemm_ring", "expect(barrier, STAGE)", "expect(barrier, STAGE + 16)", "deadlock", "mbarrier_wait(shared_address(&full"
+    ),
+    "no full wait": Plant(
+        "gemm_ring", "mbarrier_wait(shared_address(&full[s]), i / STAGES & 1);", "", "uninitialised", PRODUCT
+    ),
+    "wrong full parity": Plant(
+        "gemm_ring", "&full[s]), i / STAGES & 1)", "&full[s]), (i / STAGES & 1) ^ 1)", "uninitialised", PRODUCT
+    ),
+    "wrong empty parity": Plant(
+        "gemm_ring", "(i / STAGES & 1) ^ 1);   //", "i / STAGES & 1);   //", "deadlock", "mbarrier_wait(shared_address(&full"
+    ),
+    "no empty wait": Plant(
+        "gemm_ring", "mbarrier_wait(shared_address(&empty[s]), (i / STAGES & 1) ^ 1);", "",
+        "in flight, written|mbarrier count", "",
+    ),
+    "slot freed too early": Plant(
+        "gemm_ring", "if (i > 0 && threadIdx.x % 128 == 0) mbarrier_arrive(shared_address(&empty[(i - 1) % STAGES]));",
+        "if (threadIdx.x % 128 == 0) mbarrier_arrive(shared_address(&empty[i % STAGES]));", "in flight, written", LOAD_A,
+    ),
+    "products not waited for": Plant("gemm_ring", "wgmma_wait<1>();", "", "in flight, written", LOAD_A),
+    "accumulator read too early": Plant("gemm_ring", "wgmma_wait<0>();", "", "registers in flight", "= acc[4 * j + e]"),
+    "no wgmma.fence": Plant("gemm_ring", "wgmma_fence();", "", "wgmma.fence", PRODUCT),
+    "empty counts one warpgroup": Plant(
+        "gemm_ring", "init(shared_address(&empty[s]), 2)", "init(shared_address(&empty[s]), 1)", "deadlock", "mbarrier_wait("
+    ),
+    "empty counts three": Plant(
+        "gemm_ring", "init(shared_address(&empty[s]), 2)", "init(shared_address(&empty[s]), 3)", "deadlock", "mbarrier_wait("
+    ),
+    "barriers used before init": Plant(
+        "gemm_ring", "    __syncthreads();\n\n    if (group == 0)", "    if (group == 0)", "mbarrier order", "mbarrier_wait("
+    ),
+    "wrong swizzle": Plant("gemm_ring", "u64(1) << 62", "u64(2) << 62", "descriptor and tile", PRODUCT),
+    "wrong SBO": Plant("gemm_ring", "u64(1024 >> 4) << 32", "u64(512 >> 4) << 32", "descriptor and tile", PRODUCT),
+    "wrong K advance": Plant("gemm_ring", "da + 2 * k, db", "da + k, db", "descriptor and tile", PRODUCT),
+    "stage not aligned": Plant(
+        "gemm_ring", "(shared_address(raw) + 1023) & ~1023u", "(shared_address(raw) + 1023 & ~1023u) + 8", "alignment", LOAD_A
+    ),
+    # Clusters.
+    "address of a cluster not masked": Plant(
+        "gemm_multicast", "(address & 0x3ffff) >> 4", "address >> 4", "descriptor", "wgmma_64x64x16(acc"
+    ),
+    "no cluster barrier before exit": Plant(
+        "gemm_multicast", "cluster_sync();                                           // the other", "// the other",
+        "cluster exit", "",
+    ),
+    "block barrier for a cluster barrier": Plant(
+        "gemm_multicast", "cluster_sync();                                           // no copy", "__syncthreads(); // no copy",
+        "mbarrier order", "mbarrier_arrive_remote(",
+    ),
+    "empty counts one block": Plant(
+        "gemm_multicast", "init(shared_address(&empty[s]), 2)", "init(shared_address(&empty[s]), 1)",
+        "deadlock|mbarrier count", "",
+    ),
+    "multicast to one block": Plant("gemm_multicast", "barrier, 0b11)", "barrier, 0b01)", "deadlock", "mbarrier_wait"),
+    "both blocks load one half": Plant(
+        "gemm_multicast", "stage + HALF + rank * (HALF / 2)", "stage + HALF", "in flight, written", "tma_load_2d_multicast("
+    ),
+    "mailbox read after a block barrier": Plant(
+        "split_k_cluster", "cluster_sync();                                           // all partial",
+        "__syncthreads(); // all partial", "cluster exit|race|uninitialised", "",
+    ),
+    "a rank that is not there": Plant(
+        "split_k_cluster", "e % OWN]), e / OWN)", "e % OWN]), e / OWN + 1)", "cluster rank", "store_remote("
+    ),
+    # cp.async.
+    "waits for too few groups": Plant(
+        "cp_async_ring", "cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()", "in flight, read", "ldmatrix_x4("
+    ),
+    "no barrier after the wait": Plant(
+        "cp_async_ring", "__syncthreads();                                      // everyone's", "// everyone's", "race",
+        "ldmatrix_x4(",
+    ),
+    "no commit": Plant("cp_async_ring", "        cp_async_commit();", "", "in flight, read", "ldmatrix_x4("),
+    "slot filled while it is read": Plant(
+        "cp_async_ring",
+        "__syncthreads();                                      // everyone's are, and step i - 1 has been read\n"
+        "        fill(i + STAGES - 1);",
+        "fill(i + STAGES - 1);\n        __syncthreads();", "race", "cp_async_16(",
+    ),
+    "cp.async not aligned": Plant("cp_async_ring", "PITCH = 80", "PITCH = 72", "alignment", "cp_async_16("),
+    # Stores by TMA.
+    "no proxy fence before a store": Plant("scale_tiles", "fence_async_shared(); ", "", "proxy fence", "tma_store_2d("),
+    "proxy fence before the writes": Plant(
+        "scale_tiles", f"{WRITES}\n        fence_async_shared();", f"fence_async_shared();\n        {WRITES}", "proxy fence",
+        "tma_store_2d(",
+    ),
+    "buffer reused under a store": Plant(
+        "scale_tiles", 'if (threadIdx.x == 0) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");', "",
+        "in flight, written", "out[b][i] = s * in[b][i]",
+    ),
+    "store not committed": Plant(
+        "scale_tiles", "            bulk_commit();\n", "", "in flight, written", "out[b][i] = s * in[b][i]"
+    ),
+    "exit while a store reads": Plant("scale_tiles", "if (threadIdx.x == 0) bulk_wait_read();  ", "//", "exit", "tma_store_2d("),
+    "tile loaded into a buffer in use": Plant(
+        "scale_tiles", "load(tile + gridDim.x, b ^ 1);", "load(tile + gridDim.x, b);", "in flight, written|mbarrier count", ""
+    ),
+}  # fmt: skip
 
 
 def planted(each: Plant, folder: Path) -> str:
@@ -124,8 +183,8 @@ def planted(each: Plant, folder: Path) -> str:
     raise AssertionError(f"{each.old!r} is in neither {each.kernel}.cu nor hopper.cuh")
 
 
-def outcome(each: Plant, folder: Path, completion: str, seed: int = 1) -> tuple[str, str]:
-    """("reported", message), ("wrong", "") or ("unseen", "") under one schedule."""
+def outcome(each: Plant, folder: Path, completion: str, seed: int = 1) -> str:
+    """The report under one schedule, "" if there is none."""
     device = EmulatedDevice("sm_90a", completion=completion, seed=seed)
     device.machine.source_roots = (folder,)
 
@@ -136,26 +195,48 @@ def outcome(each: Plant, folder: Path, completion: str, seed: int = 1) -> tuple[
         try:
             EVIDENCE[each.kernel].run(device, load, np.random.default_rng(seed))
         except (KernelFault, Deadlock) as error:
-            return "reported", str(error)
+            return str(error)
         except AssertionError:
-            return "wrong", ""
-    return "unseen", ""
+            pass  # a wrong result, and nobody said so
+    return ""
 
 
-def fits(each: Plant, message: str) -> bool:
-    return re.search(each.message, message) is not None and re.search(r"\.cuh?[:(]\d+", message) is not None and each.at in message
+def check_of(message: str) -> str:
+    """The check that a report comes from."""
+    return next((name for name, pattern in CHECKS.items() if re.search(pattern, message)), "")
+
+
+def findings(each: Plant, folder: Path) -> dict[str, tuple[str, str]]:
+    """Completion schedule -> (check, report); the check is "" where the kernel ran through, even if wrongly."""
+    planted(each, folder)
+    found = {}
+    for completion in SCHEDULES:
+        message = outcome(each, folder, completion)
+        found[completion] = check_of(message), message
+    return found
+
+
+def table() -> str:
+    """The table of the emulator's README."""
+    lines = [f"| bug | kernel | {' | '.join(SCHEDULES)} |", "|---" * (2 + len(SCHEDULES)) + "|"]
+    for name, each in PLANTS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            found = findings(each, Path(folder))
+        checks = [found[completion][0] or "unseen" for completion in SCHEDULES]
+        lines.append(f"| {name} | {each.kernel} | {' | '.join(checks)} |")
+        if "-v" in sys.argv:
+            print(f"== {name}")
+            for completion, (check, message) in found.items():
+                print(f"  {completion}: {check}\n    " + message.replace("\n", "\n    "))
+    return "\n".join(lines)
 
 
 def main() -> None:
-    for name, each in PLANTS.items():
-        with tempfile.TemporaryDirectory() as folder:
-            planted(each, Path(folder))
-            for completion in SCHEDULES:
-                state, message = outcome(each, Path(folder), completion)
-                first = message.strip().split("\n")
-                print(f"{name:36} {completion:7} {state:9} {fits(each, message)!s:6}")
-                if "-v" in sys.argv:
-                    print("      " + "\n      ".join(line[:170] for line in first[:8]))
+    found = table()
+    if "-v" not in sys.argv:
+        text = README.read_text()
+        head, rest = text.split(BEGIN)
+        README.write_text(f"{head}{BEGIN}\n{found}\n{END}{rest.split(END)[1]}")
 
 
 if __name__ == "__main__":
