@@ -97,6 +97,7 @@ class Layout:
     unset: set[Reg] = field(default_factory=set)
     unread: set[Reg] = field(default_factory=set)  # written, but no instruction reads them
     addresses: dict[int, int] = field(default_factory=dict)  # id(Var) -> address, for global, const and shared
+    functions: dict[str, int] = field(default_factory=dict)  # name -> what a pointer to it holds
 
 
 @dataclass(slots=True)
@@ -272,6 +273,8 @@ class Emitter:
     def symbol(self, operand: Sym, bits: int) -> str:
         """The address of a variable, in its own space (`mov`), plus the offset."""
         var = operand.var
+        if var is None and operand.name in self.layout.functions:
+            return self.number(self.layout.functions[operand.name], bits)
         if var is None:
             raise UnsupportedInstruction(f"the address of {operand.name}, which is not a variable of this module")
         if var.space == "param" and self.function.entry and var in self.function.params:
@@ -406,6 +409,9 @@ class Emitter:
         if block.kind == "index" and block.end is not None:
             self.check_set(block.end.args[0], "a branch index")
             condition = self.fill(self.use(block.end.args[0], "u32"))
+        if block.kind == "call" and block.end is not None and isinstance(block.end.args[0], Reg):
+            self.check_set(block.end.args[0], "the target of a call")
+            condition = self.fill(self.use(block.end.args[0], "u64"))
         live = set(members(block.function, block.live_out))
         stored: set[str] = set()
         for reg in self.dirty:

@@ -249,6 +249,15 @@ def _dot(e: Emitter, ins: Instr, m: Mods) -> None:
     result(e, ins.args[0], "b32", f"alu.{ins.op}({half}{a!r}, {b!r}, {{}}, {{}}, {{}})", *names)
 
 
+@handles("vabsdiff4")
+def _video(e: Emitter, ins: Instr, m: Mods) -> None:
+    """With all bytes of both operands in their order, as compilers write it."""
+    flags = keywords(m, "sat", "add")
+    kinds = ", ".join(map(repr, m.types))
+    names = [e.use(each, "b32") for each in ins.args[1:]]
+    result(e, ins.args[0], "b32", f"alu.vabsdiff4({kinds}, {{}}, {{}}, {{}}{flags})", *names)
+
+
 @handles("setp", "set")
 def _compare(e: Emitter, ins: Instr, m: Mods) -> None:
     op = m.choose(*_COMPARE)

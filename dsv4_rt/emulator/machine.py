@@ -24,6 +24,7 @@ from dsv4_rt.emulator.ir import (
     Block,
     Function,
     Instr,
+    Reg,
     Sym,
     Var,
     build_blocks,
@@ -42,6 +43,7 @@ from dsv4_rt.errors import Deadlock, EmulatorError, LaunchError, UnsupportedInst
 
 LANES_PER_BATCH = 8192  # 4.1 and 4.3 of the measurements: more falls out of cache, fewer pays for dispatch
 ORDERS = ("min-pc", "random", "reverse")
+FUNCTIONS = 4 << 48  # what pointers to functions hold lies above every window of memory
 STACK = 16384  # bytes of local memory a thread has for the frames of the functions it calls
 
 
@@ -66,6 +68,7 @@ class Program:
     first: dict[str, int]  # function -> its first block
     layouts: dict[str, Layout]
     registers: dict[str, list[tuple[int, int]]]  # function -> (slot, bits) of registers and their shadows
+    functions: dict[int, str]  # what a pointer to a function holds -> its name
     shared_bytes: int
     local_bytes: int
     namespace: dict[str, Any] = field(default_factory=new_namespace)
@@ -93,6 +96,7 @@ class Module:
             function.name: _entry(function) for function in ptx.functions.values() if function.entry
         }
         self.addresses: dict[int, int] = {}
+        self.functions = {each: FUNCTIONS + 16 * i for i, each in enumerate(ptx.functions, 1)}
         self.globals: dict[str, tuple[int, int]] = {}  # name -> (address, bytes)
         self.programs: dict[str, Program] = {}
         for var in ptx.variables.values():
@@ -116,9 +120,10 @@ class Module:
         for offset, size, value in var.initial:
             if isinstance(value, Sym):
                 target = self.ptx.variables.get(value.name)
-                if target is None or id(target) not in self.addresses:
+                function = self.functions.get(self.ptx.resolve(value.name))
+                if function is None and (target is None or id(target) not in self.addresses):
                     raise UnsupportedInstruction(f"{var.name}: the address of {value.name} in an initialiser")
-                bits = self.addresses[id(target)] + value.offset
+                bits = function or self.addresses[id(target)] + value.offset
             else:
                 bits = value.value
             view[offset : offset + size] = list((bits & (1 << 8 * size) - 1).to_bytes(size, "little"))
@@ -168,10 +173,12 @@ def _build(module: Module, name: str) -> Program:
         mine = build_blocks(function, len(blocks))
         liveness(mine)
         layout, slots = _slots(function, mine, addresses)
+        layout.functions = module.functions | {a: module.functions[f] for a, f in ptx.aliases.items()}
         layouts[function.name], registers[function.name] = layout, slots
         blocks.extend(mine)
+    pointers = {address: each for each, address in module.functions.items()}
     program = Program(
-        ptx, ptx.functions[name], blocks, first, layouts, registers, shared[1], STACK if calls else 0
+        ptx, ptx.functions[name], blocks, first, layouts, registers, pointers, shared[1], STACK if calls else 0
     )
     program.namespace["watch_global"] = isinstance(module.memory, WatchedMemory)
     _verify(program, module.roots)
@@ -182,6 +189,9 @@ def _reachable(module: Module, name: str) -> list[Function]:
     """The functions an entry may call, in text order, and the entry last."""
     ptx, work = module.ptx, [name]
     seen: set[str] = set()
+    # A call through a pointer may reach every function whose address code or a variable holds.
+    held = {v.name for var in ptx.variables.values() for _, _, v in var.initial if isinstance(v, Sym)}
+    through_pointers = False
     while work:
         at = work.pop()
         if at in seen:
@@ -189,19 +199,35 @@ def _reachable(module: Module, name: str) -> list[Function]:
         seen.add(at)
         for ins in ptx.body(at).instrs:
             if ins.op != "call":
+                held |= {symbol.name for symbol in _symbols(ins) if symbol.var is None}
                 continue
             target = ins.args[0] if ins.args else None
-            if isinstance(target, Sym) and target.name in EXTERNAL and not ptx.defined(target.name):
+            if isinstance(target, Reg):
+                through_pointers = True
+                held |= set(_targets(ptx.functions[at], ins) or ())
                 continue
-            if not isinstance(target, Sym) or not ptx.defined(target.name):
-                what = "an indirect call"
-                if isinstance(target, Sym):
-                    what = f"a call of {target.name}, which this module does not define,"
+            callee = ptx.resolve(target.name) if isinstance(target, Sym) else ""
+            if callee in EXTERNAL and not ptx.defined(callee):
+                continue
+            if not ptx.defined(callee):
+                what = f"a call of {callee}, which this module does not define,"
                 place = where(ptx, ins, module.roots)
                 raise UnsupportedInstruction(f"{name}: {what} is not implemented by the emulator{place}")
-            work.append(target.name)
+            work.append(callee)
+        if through_pointers and not work:
+            work = [each for each in sorted(map(ptx.resolve, held)) if each not in seen and _is_callable(ptx, each)]
     order = sorted((ptx.functions[each] for each in seen if each != name), key=lambda f: f.line)
     return [*order, ptx.functions[name]]
+
+
+def _is_callable(ptx: Ptx, name: str) -> bool:
+    return name in ptx.functions and not ptx.functions[name].entry and ptx.defined(name)
+
+
+def _targets(function: Function, call: Instr) -> tuple[str, ...] | None:
+    """The .calltargets of a call through a pointer, if that is what it names."""
+    listed = call.args[-1]
+    return function.branch_targets(listed.name, call.scope) if isinstance(listed, Sym) else None
 
 
 def _layout_shared(ptx: Ptx, functions: Sequence[Function]) -> tuple[dict[int, int], int]:

@@ -163,7 +163,7 @@ def judge(forms: list[Form], gpu: dict[str, Outs], emulator: dict[str, Outs], se
             else:
                 bad = np.zeros(form.n, bool)
                 for a, b in zip(theirs, ours, strict=True):
-                    bad |= a != b
+                    bad |= (a != b).reshape(form.n, -1).any(axis=1)
                 verdict = Verdict(form.name, "equal") if not bad.any() else _difference(form, theirs, ours, bad, seed)
         if verdict.state == "FAILED" and ACCEPTED.get(form.name):
             verdict = Verdict(form.name, "accepted", f"{ACCEPTED[form.name]} ({verdict.note})")
@@ -173,7 +173,7 @@ def judge(forms: list[Form], gpu: dict[str, Outs], emulator: dict[str, Outs], se
 
 def _difference(form: Form, gpu: Outs, emulator: Outs, bad: np.ndarray, seed: int) -> Verdict:
     def show(arrays: Outs, i: int) -> str:
-        return " ".join(f"{int(a[i]):0{2 * a.itemsize}x}" for a in arrays)
+        return " ".join(a[i].tobytes()[::-1].hex() for a in arrays)
 
     i = int(np.argmax(bad))
     note = f"{int(bad.sum())} of {form.n}; operands {show(inputs(form, seed), i)}: GPU {show(gpu, i)}"

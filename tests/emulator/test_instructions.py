@@ -84,6 +84,8 @@ CASES = [
     ("prmt.b32 R, c, a, 0x4000;", 0x64343434),
     ("sad.u32 R, a, 3, 1;", 98),
     ("dp4a.u32.u32 R, 0x01020304, 0x01010101, a;", 110),
+    ("vabsdiff4.u32.u32.u32 R, c, a, 0;", 0x80001230),
+    ("vabsdiff4.u32.u32.u32.add R, c, a, a;", 100 + 0x80 + 0x12 + 0x30),
     ("bmsk.clamp.b32 R, 4, 8;", 0xFF0),
     ("fns.b32 R, c, 0, 2;", 4),
     ("szext.wrap.s32 R, 0xff, 8;", -1),
