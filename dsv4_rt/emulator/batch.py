@@ -527,8 +527,11 @@ class Batch:
         ins, function, program = block.end, block.function, self.program
         assert ins is not None
         name = program.functions.get(pointer, "")
-        if name not in program.first:
-            what = f"{name}, which this module does not define" if name else f"{pointer:#x}, where no function is"
+        entry = bool(name) and program.ptx.functions[name].entry
+        if name not in program.first or entry:
+            what = f"{pointer:#x}, where no function is"
+            if name:
+                what = f"{name}, which {'is a kernel' if entry else 'this module does not define'}"
             raise self.fault(f"a call through a pointer to {what}", ins, lanes)
         listed = ins.args[-1].name if isinstance(ins.args[-1], Sym) else ""
         targets, prototype = function.branch_targets(listed, ins.scope), function.prototype(listed, ins.scope)

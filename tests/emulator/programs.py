@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -55,6 +56,11 @@ def pack(params: tuple[tuple[int, int], ...], args: tuple[object, ...]) -> bytes
     return bytes(buffer)
 
 
+# Called after each launch that ends well, by tests/conformance/programs.py: (module's PTX, entry, grid, block, shared
+# bytes, arguments, what its arrays held before).
+LISTENERS: list[Callable[..., None]] = []
+
+
 def run_ptx(ptx, entry, grid, block, *args, order="min-pc", seed=0, shared=0, arch="sm_100a", machine=None, roots=()):
     """Launch an entry (found by part of its name) with arrays registered in place; returns the report."""
     machine = machine or Machine(arch, order=order, seed=seed, source_roots=roots)
@@ -65,8 +71,13 @@ def run_ptx(ptx, entry, grid, block, *args, order="min-pc", seed=0, shared=0, ar
         for i, a in enumerate(args)
         if isinstance(a, np.ndarray)
     ]
+    before = [a.copy() if LISTENERS and isinstance(a, np.ndarray) else a for a in args]
     try:
-        return machine.launch(module, name, grid, block, pack(module.entries[name].params, args), dynamic_shared=shared)
+        params = pack(module.entries[name].params, args)
+        report = machine.launch(module, name, grid, block, params, dynamic_shared=shared)
+        for listener in LISTENERS:
+            listener(ptx, name, grid, block, shared, args, before)
+        return report
     finally:
         for token in tokens:
             machine.memory.unregister(token)
