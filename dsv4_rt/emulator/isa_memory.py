@@ -10,8 +10,8 @@ from dsv4_rt.errors import EmulatorError
 
 _CACHE = (
     "nc", "ca", "cg", "cs", "lu", "cv", "wb", "wt", "L1::no_allocate", "L1::evict_first", "L1::evict_last",
-    "L1::evict_normal", "L1::evict_unchanged", "L2::evict_first", "L2::evict_last", "L2::evict_normal", "L2::64B",
-    "L2::128B", "L2::256B", "unified",
+    "L1::evict_normal", "L1::evict_unchanged", "L2::evict_first", "L2::evict_last", "L2::evict_normal",
+    "L2::evict_unchanged", "L2::64B", "L2::128B", "L2::256B", "unified",
 )  # fmt: skip
 _ORDER = ("weak", "volatile", "relaxed", "acquire", "release", "acq_rel", "sc", "mmio", "cta", "cluster", "gpu", "sys")
 _SPACES = ("global", "shared", "shared::cta", "local", "const", "param", "param::entry", "param::func")
@@ -338,6 +338,8 @@ def _activemask(e: Emitter, ins: Instr, m: Mods) -> None:
 @handles("bar", "barrier")
 def _barrier(e: Emitter, ins: Instr, m: Mods) -> None:
     m.flag("cta", "aligned")
+    if "cluster" in ins.mods:
+        raise m.refuse()
     if m.flag("warp"):
         m.flag("sync")
         mask = ins.args[-1]

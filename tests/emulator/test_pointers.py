@@ -62,12 +62,7 @@ TARGETS = """.version 9.0
         st.param.b32 [arg], %t;
         proto: .callprototype (.param .b32 _) _ (.param .b32 _);
         listed: .calltargets twice, thrice;
-        @%p bra $odd;
         call (back), %f, (arg), LIST;
-        bra $done;
-        $odd:
-        call (back), %f, (arg), LIST;
-        $done:
         ld.param.b32 %v, [back];
     }
     mad.wide.u32 %out, %t, 4, %out;

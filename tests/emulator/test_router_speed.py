@@ -50,7 +50,7 @@ N, E, K = 256, 384, 6
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_routes_like_numpy_in_under_half_a_second(arch):
+def test_routes_like_numpy_in_under_a_third_of_a_second(arch):
     seed = int(np.random.SeedSequence().entropy % 2**32)
     print(f"seed {seed}")
     rng = np.random.default_rng(seed)
@@ -75,4 +75,4 @@ def test_routes_like_numpy_in_under_half_a_second(arch):
     chosen = np.take_along_axis(score, expected, 1)
     # expf, log1pf, sqrtf and a division: a few units in the last place of fp32.
     np.testing.assert_allclose(w, chosen / chosen.sum(1, keepdims=True) * 2.5, rtol=1e-6)
-    assert min(seconds[1:]) < 0.5
+    assert min(seconds[1:]) < 0.3
