@@ -327,7 +327,7 @@ class Shadow:
 
 def cells_of(at: Array, lanes: Array, size: int, grain: int) -> tuple[Array, Array, int]:
     """(cells, their lanes, cells an access) of accesses of `size` bytes at byte positions."""
-    first, many = at >> grain, size >> grain
+    first, many = at >> grain, max(size >> grain, 1)  # printf reads bytes in a kernel that reads words
     if many == 1:
         return first, lanes, 1
     return (first[:, None] + np.arange(many)).reshape(-1), lanes.repeat(many), many

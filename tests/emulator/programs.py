@@ -59,11 +59,12 @@ def pack(params: tuple[tuple[int, int], ...], args: tuple[object, ...]) -> bytes
 # Called after each launch that ends well, by tests/conformance/programs.py: (module's PTX, entry, grid, block, shared
 # bytes, arguments, what its arrays held before).
 LISTENERS: list[Callable[..., None]] = []
+CHECKS: dict[str, bool] = {}  # arguments of the Machine that run_ptx makes, for fixtures that turn checks on
 
 
 def run_ptx(ptx, entry, grid, block, *args, order="min-pc", seed=0, shared=0, arch="sm_100a", machine=None, roots=()):
     """Launch an entry (found by part of its name) with arrays registered in place; returns the report."""
-    machine = machine or Machine(arch, order=order, seed=seed, source_roots=roots)
+    machine = machine or Machine(arch, order=order, seed=seed, source_roots=roots, **CHECKS)
     module = machine.load(ptx, "test")
     name = next(each for each in module.entries if entry in each)
     tokens = [

@@ -5,7 +5,7 @@ import pytest
 from foreign import compiled, cuda_include, kept
 from programs import ARCHITECTURES, run_ptx
 
-pytestmark = pytest.mark.parametrize("arch", ARCHITECTURES)
+pytestmark = [pytest.mark.parametrize("arch", ARCHITECTURES), pytest.mark.usefixtures("checks")]
 # What NVRTC 13.0 made, and where the headers are installed also what the NVRTC that is installed makes.
 MADE = ["kept", "compiled"] if cuda_include() else ["kept"]
 

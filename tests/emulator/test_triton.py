@@ -8,7 +8,7 @@ from programs import ARCHITECTURES, run_ptx
 
 from dsv4_rt.errors import KernelFault
 
-pytestmark = pytest.mark.parametrize("arch", ARCHITECTURES)
+pytestmark = [pytest.mark.parametrize("arch", ARCHITECTURES), pytest.mark.usefixtures("checks")]
 THREADS = {"layernorm": 256, "absmax_fp8": 64, "top_k": 64, "two_axes": 64} | dict.fromkeys(
     ("positive", "say", "spin_lock"), 32
 )
