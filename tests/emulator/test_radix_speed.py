@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 import pytest
-from programs import ARCHITECTURES, ORDERS, PRELUDE, compile_ptx, pack
+from programs import ARCHITECTURES, ORDERS, PRELUDE, compile_ptx, pack, run_ptx
 
 from dsv4_rt.emulator import Machine
 
@@ -98,9 +98,9 @@ def inputs(rng):
     return x
 
 
-def launcher(arch, x, ids, **options):
+def launcher(arch, x, ids):
     """launch() runs the kernel over x again."""
-    machine = Machine(arch, **options)
+    machine = Machine(arch)
     module = machine.load(compile_ptx(PRELUDE + SOURCE, arch), "radix")
     for label, array in {"x": x, "ids": ids}.items():
         machine.memory.register(array.ctypes.data, array.nbytes, label=label, keep=array)
@@ -117,7 +117,7 @@ def largest(x):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_selects_like_numpy(arch, order, rng):
     x, ids = inputs(rng), np.full((ROWS, K), -1, np.int32)
-    launcher(arch, x, ids, order=order, seed=8)()
+    run_ptx(compile_ptx(PRELUDE + SOURCE, arch), "top", ROWS, 512, x, ids, arch=arch, order=order, seed=8)
     np.testing.assert_array_equal(ids, largest(x))
 
 
