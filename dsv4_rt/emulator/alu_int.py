@@ -519,7 +519,9 @@ def dp2a(half: str, aty: str, bty: str, a: Array, b: Array, c: Array) -> Array:
     return (x * y).sum(axis=-1, dtype=I32).view(U32) + c
 
 
-def vabsdiff4(dty: str, aty: str, bty: str, a: Array, b: Array, c: Array, *, sat: bool = False, add: bool = False) -> Array:
+def vabsdiff4(
+    dty: str, aty: str, bty: str, a: Array, b: Array, c: Array, *, sat: bool = False, add: bool = False
+) -> Array:
     """|a - b| of four bytes each, in the bytes of the result; with add, c + their sum."""
     x = pairs(a, I8 if aty == "s32" else U8).astype(I32)
     y = pairs(b, I8 if bty == "s32" else U8).astype(I32)

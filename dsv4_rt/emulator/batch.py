@@ -153,7 +153,8 @@ class Batch:
         scalar = {
             "nwarpid": shape.lanes // 32, "nsmid": 1, "gridid": 1, "cluster_ctarank": 0, "cluster_nctarank": 1,
             "is_explicit_cluster": 0, "dynamic_smem_size": shape.dynamic_shared, "aggr_smem_size": self.shared.size,
-            "total_smem_size": self.shared.size,
+            "total_smem_size": self.shared.size, "envreg1": self.machine.workspace >> 32,
+            "envreg2": self.machine.workspace & 0xFFFFFFFF,
         }  # fmt: skip
         if base in scalar:
             return np.array([scalar[base]], np.uint64 if base == "gridid" else U32)

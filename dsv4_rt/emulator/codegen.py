@@ -443,7 +443,7 @@ UNIFORM = frozenset(
     """ntid.x ntid.y ntid.z nctaid.x nctaid.y nctaid.z nwarpid nsmid gridid clock clock_hi clock64 globaltimer
     globaltimer_lo globaltimer_hi nclusterid.x nclusterid.y nclusterid.z cluster_ctaid.x cluster_ctaid.y cluster_ctaid.z
     cluster_nctaid.x cluster_nctaid.y cluster_nctaid.z cluster_ctarank cluster_nctarank is_explicit_cluster
-    dynamic_smem_size total_smem_size aggr_smem_size""".split()
+    dynamic_smem_size total_smem_size aggr_smem_size envreg1 envreg2""".split()
 )
 
 

@@ -43,6 +43,7 @@ from dsv4_rt.errors import Deadlock, EmulatorError, LaunchError, UnsupportedInst
 
 LANES_PER_BATCH = 8192  # 4.1 and 4.3 of the measurements: more falls out of cache, fewer pays for dispatch
 ORDERS = ("min-pc", "random", "reverse")
+WORKSPACE = 64  # bytes; cooperative_groups uses the second word, as the counter of grid.sync()
 FUNCTIONS = 4 << 48  # what pointers to functions hold lies above every window of memory
 STACK = 16384  # bytes of local memory a thread has for the frames of the functions it calls
 
@@ -332,6 +333,7 @@ class Machine:
         self._random = random.Random(seed)
         self._trace = trace
         self.clock = LaunchClock(0)
+        self.workspace = 0  # of a cooperative launch: what cooperative_groups finds in %envreg1 and %envreg2
 
     def load(self, ptx: str, name: str) -> Module:
         """Load a module; `name` stands in messages. Functions are parsed when first launched."""
@@ -375,6 +377,10 @@ class Machine:
         address = self.memory.alloc(max(size, 1), align=128, label=f"parameters of {entry}", writable=False)
         self.memory.view(address, max(size, 1))[:size] = np.frombuffer(params, np.uint8)[:size]
         self.memory.mark_written(address, size)
+        if cooperative:
+            self.workspace = self.memory.alloc(WORKSPACE, label=f"grid workspace of {entry}")
+            self.memory.view(self.workspace, WORKSPACE)[:] = 0
+            self.memory.mark_written(self.workspace, WORKSPACE)
         if isinstance(self.memory, WatchedMemory):
             self.memory.begin(program)
         try:
@@ -382,6 +388,9 @@ class Machine:
                 self._run(program, shape, params, address, report, cooperative)
         finally:
             self.memory.free(address)
+            if self.workspace:
+                self.memory.free(self.workspace)
+                self.workspace = 0
         return report
 
     def _check(self, entry: Entry, shape: Grid, params: bytes, cluster: tuple[int, ...]) -> None:

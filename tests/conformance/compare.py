@@ -234,7 +234,12 @@ def record(
         count = Counter(v.state for v in verdicts if family[v.name] == each)
         row = (count.total(), count["equal"], count["within"], count["accepted"], count["FAILED"])
         lines.append(f"{each:12}" + "".join(f"{n:>{w}}" for n, w in zip(row, (8, 8, 8, 10, 11), strict=True)))
-    for state, title in (("within", "approximate: largest error on the H200, bound and section of the PTX ISA 9.1"), ("accepted", "accepted"), ("FAILED", "different")):
+    titles = {
+        "within": "approximate: largest error on this GPU, bound, section of the PTX ISA 9.1",
+        "accepted": "accepted",
+        "FAILED": "different",
+    }
+    for state, title in titles.items():
         chosen = [v for v in verdicts if v.state == state]
         if chosen:
             lines += ["", title, *(f"  {v.name:24} {v.note}" for v in chosen)]

@@ -63,7 +63,8 @@ def triton_ptx(name: str, arch: str) -> str:
         triton.knobs.cache.dir = folder
         made = triton.compile(source, target=target, options=options | {"ptx_version": PTX_VERSION})
     assert made.metadata.global_scratch_size == made.metadata.profile_scratch_size == 0
-    first = f"// Triton {triton.__version__}, source {digest(HERE / 'triton_programs.py')}, shared {made.metadata.shared}"
+    made_from = digest(HERE / "triton_programs.py")
+    first = f"// Triton {triton.__version__}, source {made_from}, shared {made.metadata.shared}"
     return f"{first}\n{without_paths(made.asm['ptx'])}"
 
 

@@ -56,13 +56,14 @@ def pack(params: tuple[tuple[int, int], ...], args: tuple[object, ...]) -> bytes
     return bytes(buffer)
 
 
-# Called after each launch that ends well, by tests/conformance/programs.py: (module's PTX, entry, grid, block, shared
-# bytes, arguments, what its arrays held before).
+# Called after each launch that ends well, by tests/conformance/launches.py: (module's PTX, entry, grid, block, shared
+# bytes, cooperative or not, arguments, what its arrays held before).
 LISTENERS: list[Callable[..., None]] = []
 CHECKS: dict[str, bool] = {}  # arguments of the Machine that run_ptx makes, for fixtures that turn checks on
 
 
-def run_ptx(ptx, entry, grid, block, *args, order="min-pc", seed=0, shared=0, arch="sm_100a", machine=None, roots=()):
+def run_ptx(ptx, entry, grid, block, *args, order="min-pc", seed=0, shared=0, arch="sm_100a", machine=None, roots=(),
+            cooperative=False):  # fmt: skip
     """Launch an entry (found by part of its name) with arrays registered in place; returns the report."""
     machine = machine or Machine(arch, order=order, seed=seed, source_roots=roots, **CHECKS)
     module = machine.load(ptx, "test")
@@ -75,9 +76,11 @@ def run_ptx(ptx, entry, grid, block, *args, order="min-pc", seed=0, shared=0, ar
     before = [a.copy() if LISTENERS and isinstance(a, np.ndarray) else a for a in args]
     try:
         params = pack(module.entries[name].params, args)
-        report = machine.launch(module, name, grid, block, params, dynamic_shared=shared)
+        report = machine.launch(
+            module, name, grid, block, params, dynamic_shared=shared, cooperative=cooperative
+        )
         for listener in LISTENERS:
-            listener(ptx, name, grid, block, shared, args, before)
+            listener(ptx, name, grid, block, shared, cooperative, args, before)
         return report
     finally:
         for token in tokens:

@@ -176,3 +176,17 @@ def test_ctas_that_wait_for_each_other(launch, arch, order):
     counter, before, after = np.zeros(1, np.int32), np.zeros(n, np.int32), np.zeros(n, np.int32)
     launch("groups_atomics", "grid_meeting", grid, block, counter, before, after, arch=arch, order=order, seed=9)
     np.testing.assert_array_equal(after, np.arange(n)[::-1] * 7)
+
+
+@pytest.mark.parametrize("order", ["min-pc", "random"])
+@pytest.mark.parametrize(("grid", "block"), [(5, 64), (90, 96)])  # one batch; more lanes than a batch usually has
+def test_grid_sync(launch, arch, order, grid, block, rng):
+    n, rounds = grid * block, 3
+    x = np.zeros((rounds + 2, n), np.int32)
+    x[0] = rng.integers(0, 1000, n)
+    want = [x[0].copy()]
+    for r in range(rounds):
+        want.append(3 * np.roll(want[-1], -97) + r)
+    launch("groups_atomics", "grid_rounds", grid, block, x, np.int32(rounds), arch=arch, order=order, cooperative=True)
+    np.testing.assert_array_equal(x[: rounds + 1], want)
+    assert x[rounds + 1, 0] == 1

@@ -1,7 +1,7 @@
 """CUDA's mathematical functions as NVRTC expands them: long programs of fma in four roundings, tables and branches.
 
 The CUDA C++ Programming Guide's accuracy tables give at most 10 ulp for the functions below (tgamma), most of them one
-or two; a wrongly translated instruction shows as far more. tests/conformance/programs.py compares with a GPU bit by bit.
+or two; a wrongly translated instruction shows as far more. tests/conformance/launches.py compares bits with a GPU.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Calls through pointers: tables of functions, virtual functions, .calltargets, .alias, and the calls that are wrong."""
+"""Calls through pointers: tables of functions, virtual functions, .calltargets, .alias, and calls that are wrong."""
 
 import numpy as np
 import pytest
@@ -91,7 +91,7 @@ def test_lists_prototypes_and_aliases(listed, even):
     [
         ("0", "proto", "a call through a pointer to 0x0, where no function is"),
         ("77", "listed", "a call through a pointer to 0x4d, where no function is"),
-        ("wide", "proto", r"pointer to wide, which returns and takes \(\(4,\), \(8,\)\) bytes, not the \(\(4,\), \(4,\)\)"),
+        ("wide", "proto", r"wide, which returns and takes \(\(4,\), \(8,\)\) bytes, not the \(\(4,\), \(4,\)\)"),
         ("wide", "listed", "pointer to wide, which listed does not list"),
         ("f", "proto", "pointer to f, which is a kernel"),
     ],

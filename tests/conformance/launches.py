@@ -1,12 +1,13 @@
 """Whole programs on a GPU and on the emulator: the same PTX on the same inputs, results compared.
 
-    python tests/conformance/programs.py --record FOLDER                          # here: what the tests launch
-    python tests/conformance/programs.py --replay FOLDER [--summary FILE]         # on a machine with a GPU
+    python tests/conformance/launches.py --record FOLDER                          # here: what the tests launch
+    python tests/conformance/launches.py --replay FOLDER [--summary FILE]         # on a machine with a GPU
 
---record runs the emulator's tests of CUB, cooperative_groups, cuda::atomic_ref, Triton and of small CUDA programs, which
-compare with NumPy, and writes down every launch: PTX, inputs, and the emulator's results. --replay loads that PTX with
-the driver, launches it on those inputs, and compares bit for bit; where a program uses instructions whose result the ISA
-leaves open, within a bound. The PTX must be of version 9.0 for a driver of CUDA 13.0, so that --record needs NVRTC 13.0.
+--record runs the emulator's tests of CUB, cooperative_groups, cuda::atomic_ref, Triton, mathematical functions and of
+small CUDA programs, which compare with NumPy, and writes down every launch: PTX, inputs, and the emulator's results.
+--replay loads that PTX with the driver, launches it on those inputs, and compares bit for bit; where a program uses
+instructions whose result the ISA leaves open, within a bound. A driver of CUDA 13.0 loads PTX up to version 9.0, so
+that --record needs NVRTC 13.0. The summary's place is results/launches.txt, which the emulator's README shows.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ import numpy as np
 
 HERE = Path(__file__).parent
 EMULATOR = HERE.parent / "emulator"
-SUMMARY = HERE / "results" / "programs.txt"
+SUMMARY = HERE / "results" / "launches.txt"
 FILES = ("test_cccl.py", "test_triton.py", "test_programs.py", "test_pointers.py", "test_vector_atomics.py",
          "test_math.py", "test_radix_speed.py")  # fmt: skip
-SELECTION = "not sm_100a and not random and not reverse and not compiled and not every-check"  # once each, for the GPU's architecture
+SELECTION = "not sm_100a and not random and not reverse and not compiled and not every-check"  # once each
 NEWEST = (9, 0)
 
 
@@ -68,8 +69,9 @@ class Recorder:
         self.refused: list[str] = []
 
     def __call__(
-        self, ptx: str, entry: str, grid: Any, block: Any, shared: int, args: tuple[Any, ...], before: list[Any]
-    ) -> None:
+        self, ptx: str, entry: str, grid: Any, block: Any, shared: int, cooperative: bool, args: tuple[Any, ...],
+        before: list[Any],
+    ) -> None:  # fmt: skip
         test = os.environ["PYTEST_CURRENT_TEST"].split("::")[-1].split(" ")[0]
         version = tuple(map(int, ptx.split(".version ", 1)[1].split(None, 1)[0].split(".")))
         if version > NEWEST:
@@ -89,7 +91,7 @@ class Recorder:
         sizes = [[each] if isinstance(each, int) else list(each) for each in (grid, block)]
         self.entries.append(
             {"test": test, "ptx": name, "entry": entry, "grid": sizes[0], "block": sizes[1], "shared": shared,
-             "args": listed}
+             "cooperative": cooperative, "args": listed}
         )  # fmt: skip
 
     def save(self, versions: str) -> None:
@@ -102,16 +104,17 @@ class Recorder:
 def record(folder: Path) -> int:
     """Run the tests with a recorder."""
     sys.path.insert(0, str(EMULATOR))
-    import programs as launching  # the emulator's tests have a module of this file's name
+    import programs
     import pytest
     from cuda.bindings import nvrtc
 
     recorder = Recorder(folder)
-    launching.LISTENERS.append(recorder)
+    programs.LISTENERS.append(recorder)
     files = [str(EMULATOR / each) for each in FILES]
     code = pytest.main(["-q", "-p", "no:cacheprovider", "-k", SELECTION, *files])
     _, major, minor = nvrtc.nvrtcVersion()
-    first = {(EMULATOR / "kept" / f"{name}.sm_90a.ptx").read_text().split(", source")[0][3:] for name in ("cub_blocks", "gelu")}
+    kept = [(EMULATOR / "kept" / f"{name}.sm_90a.ptx").read_text() for name in ("cub_blocks", "gelu")]
+    first = {text.split(", source")[0][3:] for text in kept}
     recorder.save(f"CUDA programs by NVRTC {major}.{minor}; {'; '.join(sorted(first))}")
     print(f"{len(recorder.entries)} launches in {folder}")
     if recorder.refused:
@@ -149,7 +152,11 @@ class Gpu:
                 values.append(np.frombuffer(bytes.fromhex(arg["bytes"]), np.uint8))
         pointers = np.array([value.ctypes.data for value in values], np.uint64)
         grid, block = ((*sizes, 1, 1)[:3] for sizes in (entry["grid"], entry["block"]))
-        call(d.cuLaunchKernel(function, *grid, *block, entry["shared"], 0, int(pointers.ctypes.data), 0))
+        where = int(pointers.ctypes.data)
+        if entry["cooperative"]:
+            call(d.cuLaunchCooperativeKernel(function, *grid, *block, entry["shared"], 0, where))
+        else:
+            call(d.cuLaunchKernel(function, *grid, *block, entry["shared"], 0, where, 0))
         call(d.cuCtxSynchronize())
         found = []
         for address, data in buffers:
@@ -202,7 +209,7 @@ def replay(folder: Path, summary: Path | None, commit: str) -> int:
     states = [row[3] for row in rows.values()]
     lines = [
         f"{gpu.cuda.name}, driver {gpu.cuda.version}, {datetime.date.today()}, commit {commit}; {content['versions']}",
-        "python tests/conformance/programs.py --record FOLDER, and there --replay FOLDER",
+        "python tests/conformance/launches.py --record FOLDER, and there --replay FOLDER",
         f"{len(rows)} tests, {sum(row[0] for row in rows.values())} launches, {sum(row[2] for row in rows.values()):,} "
         f"bytes: {states.count('equal')} equal bit for bit, {states.count('within')} within a bound, "
         f"{states.count('DIFFERENT')} different",
