@@ -278,7 +278,9 @@ def _compare(e: Emitter, ins: Instr, m: Mods) -> None:
         value = e.temp(form.format(*names), constant)
         if extra:
             value = e.temp(f"{value} {sign} {extra[0]}", constant and extra[0] in e.constant)
-        result(e, d, m.types[0], f"alu.set_value({m.types[0]!r}, {{}})", value)
+        # A packed comparison into u32 or s32 fills each half.
+        kind = f"{m.types[0][0]}16x2" if ty.endswith("x2") and m.types[0] in ("u32", "s32") else m.types[0]
+        result(e, d, m.types[0], f"alu.set_value({kind!r}, {{}})", value)
         return
     first, second = split_pair(d)
     if ty in ("f16x2", "bf16x2"):

@@ -147,6 +147,7 @@ def _comparisons(t: _Table) -> None:
         for ty in ("f16x2", "bf16x2"):
             t.form("compare", f"setp.{op}.{ty}", f"setp.{op}.{ty} %r|%q, %a, %b;", f"{ty} {ty}", "pred pred")
             t.simple("compare", f"set.{op}.{ty}.{ty}", f"{ty} {ty}", "b32")
+            t.simple("compare", f"set.{op}.u32.{ty}", f"{ty} {ty}", "b32", n=1024)
     for ty in WORDS:
         for op in ORDERED:
             t.simple("compare", f"setp.{op}.{ty}", f"{ty} {ty}", "pred")

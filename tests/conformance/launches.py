@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 EMULATOR = HERE.parent / "emulator"
 SUMMARY = HERE / "results" / "launches.txt"
 FILES = ("test_cccl.py", "test_triton.py", "test_programs.py", "test_pointers.py", "test_vector_atomics.py",
-         "test_math.py", "test_radix_speed.py")  # fmt: skip
+         "test_math.py", "test_radix_speed.py", "test_intrinsics.py")  # fmt: skip
 SELECTION = "not sm_100a and not random and not reverse and not compiled and not every-check"  # once each
 NEWEST = (9, 0)
 

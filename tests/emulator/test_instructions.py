@@ -94,6 +94,7 @@ CASES = [
     ("slct.s32.s32 R, a, b, -1;", -7),
     ("set.lt.u32.s32 R, b, a;", -1),
     ("set.gt.f32.s32 F, a, b;", f32(1.0)),
+    ("set.gt.u32.f16x2 R, H, 0;", 0xFFFF),
     ("add.cc.u32 R, c, c; addc.u32 R, a, 0;", 101),
     ("sub.cc.u32 R, 0, 1; subc.u32 R, a, 0;", 99),
     ("add.f32 F, x, y;", f32(-0.75)),
