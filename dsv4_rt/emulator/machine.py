@@ -190,8 +190,6 @@ def _reachable(module: Module, name: str) -> list[Function]:
     """The functions an entry may call, in text order, and the entry last."""
     ptx, work = module.ptx, [name]
     seen: set[str] = set()
-    # A call through a pointer may reach every function whose address code or a variable holds.
-    held = {v.name for var in ptx.variables.values() for _, _, v in var.initial if isinstance(v, Sym)}
     through_pointers = False
     while work:
         at = work.pop()
@@ -200,12 +198,10 @@ def _reachable(module: Module, name: str) -> list[Function]:
         seen.add(at)
         for ins in ptx.body(at).instrs:
             if ins.op != "call":
-                held |= {symbol.name for symbol in _symbols(ins) if symbol.var is None}
                 continue
             target = ins.args[0] if ins.args else None
             if isinstance(target, Reg):
                 through_pointers = True
-                held |= set(_targets(ptx.functions[at], ins) or ())
                 continue
             callee = ptx.resolve(target.name) if isinstance(target, Sym) else ""
             if callee in EXTERNAL and not ptx.defined(callee):
@@ -216,19 +212,19 @@ def _reachable(module: Module, name: str) -> list[Function]:
                 raise UnsupportedInstruction(f"{name}: {what} is not implemented by the emulator{place}")
             work.append(callee)
         if through_pointers and not work:
-            work = [each for each in sorted(map(ptx.resolve, held)) if each not in seen and _is_callable(ptx, each)]
+            work = [each for each in _pointed_to(ptx) if each not in seen]
     order = sorted((ptx.functions[each] for each in seen if each != name), key=lambda f: f.line)
     return [*order, ptx.functions[name]]
 
 
-def _is_callable(ptx: Ptx, name: str) -> bool:
-    return name in ptx.functions and not ptx.functions[name].entry and ptx.defined(name)
-
-
-def _targets(function: Function, call: Instr) -> tuple[str, ...] | None:
-    """The .calltargets of a call through a pointer, if that is what it names."""
-    listed = call.args[-1]
-    return function.branch_targets(listed.name, call.scope) if isinstance(listed, Sym) else None
+def _pointed_to(ptx: Ptx) -> list[str]:
+    """Functions whose address a variable or any code of the module takes: another kernel may have stored it."""
+    held = {v.name for var in ptx.variables.values() for _, _, v in var.initial if isinstance(v, Sym)}
+    for name in [each for each in ptx.functions if ptx.defined(each)]:
+        taken = [ins for ins in ptx.body(name).instrs if ins.op not in ("call", "bra", "brx")]
+        held |= {symbol.name for ins in taken for symbol in _symbols(ins) if symbol.var is None}
+    names = sorted({ptx.resolve(each) for each in held} & set(ptx.functions))
+    return [each for each in names if ptx.defined(each) and not ptx.functions[each].entry]
 
 
 def _layout_shared(ptx: Ptx, functions: Sequence[Function]) -> tuple[dict[int, int], int]:

@@ -23,7 +23,8 @@ from kernels import Cuda, inputs, on_emulator
 # Tests of the same files that expect an error, check something that a GPU has not, or repeat another's launches.
 LAUNCHES_NOTHING = set(
     """test_wrong_pointers_name_the_call_and_the_thread test_an_unset_pointer_and_its_cuda_line
-    test_a_missing_callee_is_refused_before_the_launch test_faults_name_the_thread
+    test_a_missing_callee_is_refused_before_the_launch test_a_pointer_that_another_kernel_stored
+    test_faults_name_the_thread
     test_vector_atomics_race_with_plain_stores_only test_forms_that_do_not_exist_are_refused
     test_selects_in_under_a_third_of_a_second test_narrow_formats_by_instruction_and_by_software""".split()
 )

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from programs import ARCHITECTURES, ORDERS, line_of, run, run_ptx, write_source
+from programs import ARCHITECTURES, ORDERS, compile_ptx, line_of, pack, run, run_ptx, write_source
 
+from dsv4_rt.emulator import Machine
 from dsv4_rt.errors import KernelFault, UnsupportedInstruction
 
 TABLES = """
@@ -118,6 +119,24 @@ extern "C" __global__ void f(int* y) {
         run(source, "f", 1, 64, np.zeros(64, np.int32), roots=(tmp_path,))
     assert f"program.cu:{line_of(source, 'BUG')}: " in str(caught.value)
     assert "thread (40, 0, 0)" in str(caught.value)
+
+
+def test_a_pointer_that_another_kernel_stored():
+    source = """
+typedef int (*op)(int);
+__device__ __noinline__ int one(int a) { return a + 1; }
+__device__ __noinline__ int two(int a) { return a * 2; }
+__device__ op kept;
+extern "C" __global__ void store(int which) { kept = which ? one : two; }
+extern "C" __global__ void use(int* y) { y[threadIdx.x] = kept(threadIdx.x); }
+"""
+    machine, y = Machine("sm_90a"), np.zeros(32, np.int32)
+    module = machine.load(compile_ptx(source, "sm_90a"), "pointers")
+    machine.memory.register(y.ctypes.data, y.nbytes, keep=y)
+    for which, want in ((0, np.arange(32) * 2), (1, np.arange(32) + 1)):
+        machine.launch(module, "store", 1, 1, pack(module.entries["store"].params, (np.int32(which),)))
+        machine.launch(module, "use", 1, 32, pack(module.entries["use"].params, (y,)))
+        np.testing.assert_array_equal(y, want)
 
 
 def test_a_missing_callee_is_refused_before_the_launch():
