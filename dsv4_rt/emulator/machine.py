@@ -174,7 +174,8 @@ def _build(module: Module, name: str) -> Program:
         mine = build_blocks(function, len(blocks))
         liveness(mine)
         layout, slots = _slots(function, mine, addresses)
-        layout.functions = module.functions | {a: module.functions[f] for a, f in ptx.aliases.items()}
+        aliases = {alias: module.functions[of] for alias, of in ptx.aliases.items() if of in module.functions}
+        layout.functions = module.functions | aliases
         layouts[function.name], registers[function.name] = layout, slots
         blocks.extend(mine)
     pointers = {address: each for each, address in module.functions.items()}
