@@ -71,6 +71,7 @@ from dsv4_rt.emulator.alu_int import (
     shl,
     shr,
     szext,
+    vabsdiff4,
 )
 from dsv4_rt.emulator.alu_packed import (
     abs2,
@@ -96,5 +97,5 @@ __all__ = [
     "int_sub_cc", "lg2_approx", "lop3", "max2", "maximum", "maximum3", "min2", "minimum", "minimum3", "mul", "mul2",
     "neg", "neg2", "packed", "popc", "prmt", "rcp", "rcp_approx", "resize", "rsqrt_approx", "sad", "set_value",
     "shf_l", "shf_r", "shl", "shr", "sin_approx", "sqrt", "sqrt_approx", "sub", "sub2", "szext", "tanh_approx",
-    "tanh_approx2", "testp",
+    "tanh_approx2", "testp", "vabsdiff4",
 ]  # fmt: skip

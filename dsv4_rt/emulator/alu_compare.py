@@ -145,9 +145,9 @@ def _extreme3(
 def set_value(dst: str, predicate: Array) -> Array:
     """The result of `set`: 1.0 or 0 for a floating-point destination, all ones or 0 for an integer one.
 
-    Packed f16x2 and bf16x2 (predicates [lanes, 2]) give uint32.
+    Packed f16x2, bf16x2, u16x2 and s16x2 (predicates [lanes, 2]) give uint32.
     """
-    if dst in ("f16x2", "bf16x2"):
+    if dst.endswith("x2"):
         return unpairs(set_value(dst[:-2], predicate), U32)
     if dst in FORMATS:
         f = FORMATS[dst]

@@ -517,3 +517,17 @@ def dp2a(half: str, aty: str, bty: str, a: Array, b: Array, c: Array) -> Array:
     y = pairs(b, I8 if bty == "s32" else U8).astype(I32)
     y = y[..., :2] if half == "lo" else y[..., 2:]
     return (x * y).sum(axis=-1, dtype=I32).view(U32) + c
+
+
+def vabsdiff4(
+    dty: str, aty: str, bty: str, a: Array, b: Array, c: Array, *, sat: bool = False, add: bool = False
+) -> Array:
+    """|a - b| of four bytes each, in the bytes of the result; with add, c + their sum."""
+    x = pairs(a, I8 if aty == "s32" else U8).astype(I32)
+    y = pairs(b, I8 if bty == "s32" else U8).astype(I32)
+    found = np.abs(x - y)
+    if add:
+        return found.sum(axis=-1, dtype=I32).view(U32) + c
+    if sat:
+        found = np.minimum(found, 127 if dty == "s32" else 255)
+    return unpairs(found.astype(U8), U32)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dsv4_rt.emulator import alu
-from dsv4_rt.emulator.memory import Generic, LaneFault, Memory
+from dsv4_rt.emulator.memory import _TOP, Generic, LaneFault, Memory, _misaligned
 
 Array = npt.NDArray[Any]
 _ACCUMULATE: dict[str, np.ufunc] = {
@@ -29,7 +29,7 @@ def run(
     """Do an atomic in any space; returns the old values if wanted."""
     if isinstance(space, Generic):
         parts = space.atomic_parts(addr, base)
-        old = np.zeros(len(addr), values[0].dtype)
+        old = np.zeros_like(values[0])
         for own, at, offset, own_base in parts:
             part = values if at is None else tuple(value[at] for value in values)
             try:
@@ -39,12 +39,46 @@ def run(
             if want and got is not None:
                 old[slice(None) if at is None else at] = got
         return old
+    if ty == "b128":
+        _misaligned(addr, 16, "atomic")
+        # The upper half is checked and recorded as an access of its own, the lower with the operation.
+        space.atomic(addr + addr.dtype.type(8), base, 3, lambda view, at: (None, False))
+        wide: Array = space.atomic(addr, base, 3, lambda view, at: _update_wide(view, at, op, values))
+        return wide
     # PTX ISA, atom: add.f32 on global memory flushes subnormal inputs and results, on shared memory it does not.
     ftz = ty == "f32" and isinstance(space, Memory) and not noftz
     if ty == "f64" and op == "add" and isinstance(space, Memory):
         op = "add.raw"
     result: Array | None = space.atomic(addr, base, k, lambda view, at: _update(view, at, op, ty, values, want, ftz))
     return result
+
+
+def run_vector(
+    space: Any, addr: Array, base: Any, k: int, op: str, ty: str, values: tuple[Array, ...], want: bool, noftz: bool
+) -> list[Array | None]:
+    """Atomics on consecutive elements of global memory, each atomic by itself; the address is aligned to them all."""
+    if isinstance(space, Generic):
+        outside = np.nonzero(addr >= np.uint64(_TOP))[0]
+        if len(outside):
+            raise LaneFault(f"a vector atomic outside global memory, at {int(addr[outside[0]]):#x}", outside)
+        ((space, _, addr, base),) = space.atomic_parts(addr, base)
+    space.place(addr, len(values) << k, True)
+    return [
+        run(space, addr + np.uint64(i << k), base, k, op, ty, (value,), want, noftz) for i, value in enumerate(values)
+    ]
+
+
+def _update_wide(view: Array, at: Array, op: str, values: tuple[Array, ...]) -> tuple[Array, bool]:
+    """exch and cas of 16 bytes, whose places are those of their lower halves among the words of 8 bytes."""
+    old = np.empty_like(values[0])
+    changed = False
+    for i, place in enumerate(at.tolist()):
+        before = view[place : place + 2].copy()
+        after = values[-1][i] if op == "exch" or bool((before == values[0][i]).all()) else before
+        old[i] = before
+        changed |= bool((after != before).any())
+        view[place : place + 2] = after
+    return old, changed
 
 
 def apply(op: str, ty: str, old: Array, values: tuple[Array, ...], ftz: bool) -> Array:

@@ -216,6 +216,7 @@ class Batch:
             "nwarpid": shape.lanes // 32, "nsmid": 1, "gridid": 1, "cluster_nctarank": shape.cluster_size,
             "is_explicit_cluster": shape.explicit_cluster, "dynamic_smem_size": shape.dynamic_shared,
             "aggr_smem_size": self.shared.size, "total_smem_size": self.shared.size,
+            "envreg1": self.machine.workspace >> 32, "envreg2": self.machine.workspace & 0xFFFFFFFF,
         }  # fmt: skip
         if base in scalar:
             return np.array([scalar[base]], np.uint64 if base == "gridid" else U32)
@@ -661,7 +662,7 @@ class Batch:
             if self.parked:
                 self._recheck()
         elif block.kind == "call":
-            self._call(key, block, group)
+            self._call(key, block, group, condition)
         elif block.kind == "index":
             assert condition is not None
             for i in np.unique(condition).tolist():
@@ -687,22 +688,54 @@ class Batch:
 
     # Calls: parameters are bytes of the frames in local memory.
 
-    def _call(self, key: Key, block: Block, group: Group) -> None:
-        ins, lanes, depth = block.end, group.lanes, -key[0]
+    def _call(self, key: Key, block: Block, group: Group, pointers: Array | None) -> None:
+        ins = block.end
         assert ins is not None
         target = ins.args[0]
+        if pointers is not None:
+            for each in np.unique(pointers).tolist():
+                lanes = group.lanes[pointers == each]
+                self._enter(key, block, Group(lanes), self._pointed(block, each, lanes), ins.args[1:-1])
+            return
         assert isinstance(target, Sym)
-        if target.name not in self.program.first:
+        name = self.program.ptx.resolve(target.name)
+        if name not in self.program.first:
             self._call_external(key, block, group)
             return
-        callee = self.program.ptx.functions[target.name]
+        self._enter(key, block, group, name, ins.args[1:])
+
+    def _pointed(self, block: Block, pointer: int, lanes: Array) -> str:
+        """The function a pointer holds, if the call may reach it."""
+        ins, function, program = block.end, block.function, self.program
+        assert ins is not None
+        name = program.functions.get(pointer, "")
+        entry = bool(name) and program.ptx.functions[name].entry
+        if name not in program.first or entry:
+            what = f"{pointer:#x}, where no function is"
+            if name:
+                what = f"{name}, which {'is a kernel' if entry else 'this module does not define'}"
+            raise self.fault(f"a call through a pointer to {what}", ins, lanes)
+        listed = ins.args[-1].name if isinstance(ins.args[-1], Sym) else ""
+        targets, prototype = function.branch_targets(listed, ins.scope), function.prototype(listed, ins.scope)
+        callee = program.ptx.functions[name]
+        sizes = tuple(v.size for v in callee.returns), tuple(v.size for v in callee.params)
+        if targets is not None and name not in map(program.ptx.resolve, targets):
+            raise self.fault(f"a call through a pointer to {name}, which {listed} does not list", ins, lanes)
+        if prototype is not None and prototype != sizes:
+            what = f"returns and takes {sizes} bytes, not the {prototype} of {listed}"
+            raise self.fault(f"a call through a pointer to {name}, which {what}", ins, lanes)
+        return name
+
+    def _enter(self, key: Key, block: Block, group: Group, name: str, actuals: list[Operand]) -> None:
+        ins, lanes, depth = block.end, group.lanes, -key[0]
+        callee = self.program.ptx.functions[name]
         size = block.function.frame_size
         self._frame(depth + 1)[lanes] = self._frame(depth)[lanes] + np.uint64(size)
         deepest = int(self.frames[depth + 1][lanes].max()) + callee.frame_size
         if deepest > LOCAL_FIRST + self.local.size:
             raise self.fault(f"stack overflow at call depth {depth + 1}: {self.local.size} bytes", ins, lanes)
         self.returns.setdefault(depth + 1, np.zeros(self.nlanes, np.int64))[lanes] = block.next[0]
-        for formal, actual in zip(callee.params, ins.args[1:], strict=True):
+        for formal, actual in zip(callee.params, actuals, strict=True):
             if not isinstance(actual, Sym) or actual.var is None:
                 raise self.fault("a call argument that is not a .param variable", ins, lanes)
             self._copy(lanes, depth, actual.var.offset, depth + 1, formal.offset, formal.size)

@@ -98,6 +98,7 @@ class Layout:
     unread: set[Reg] = field(default_factory=set)  # written, but no instruction reads them
     tensor: set[Reg] = field(default_factory=set)  # a wgmma accumulates in them or takes A from them
     addresses: dict[int, int] = field(default_factory=dict)  # id(Var) -> address, for global, const and shared
+    functions: dict[str, int] = field(default_factory=dict)  # name -> what a pointer to it holds
 
 
 @dataclass(slots=True)
@@ -275,6 +276,8 @@ class Emitter:
     def symbol(self, operand: Sym, bits: int) -> str:
         """The address of a variable, in its own space (`mov`), plus the offset."""
         var = operand.var
+        if var is None and operand.name in self.layout.functions:
+            return self.number(self.layout.functions[operand.name], bits)
         if var is None:
             raise UnsupportedInstruction(f"the address of {operand.name}, which is not a variable of this module")
         if var.space == "param" and self.function.entry and var in self.function.params:
@@ -451,6 +454,9 @@ class Emitter:
         if block.kind == "index" and block.end is not None:
             self.check_set(block.end.args[0], "a branch index")
             condition = self.fill(self.use(block.end.args[0], "u32"))
+        if block.kind == "call" and block.end is not None and isinstance(block.end.args[0], Reg):
+            self.check_set(block.end.args[0], "the target of a call")
+            condition = self.fill(self.use(block.end.args[0], "u64"))
         if self.touched:
             slots = self.constant_array([self.layout.slots[reg] for reg in self.touched])
             lines = self.constant_array(list(self.touched.values()))
@@ -486,7 +492,7 @@ UNIFORM = frozenset(
     """ntid.x ntid.y ntid.z nctaid.x nctaid.y nctaid.z nwarpid nsmid gridid clock clock_hi clock64 globaltimer
     globaltimer_lo globaltimer_hi nclusterid.x nclusterid.y nclusterid.z
     cluster_nctaid.x cluster_nctaid.y cluster_nctaid.z cluster_nctarank is_explicit_cluster
-    dynamic_smem_size total_smem_size aggr_smem_size""".split()
+    dynamic_smem_size total_smem_size aggr_smem_size envreg1 envreg2""".split()
 )
 
 

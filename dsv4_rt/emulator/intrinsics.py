@@ -31,6 +31,7 @@ _LONGEST = 1 << 16  # bytes of a string, so that one without an end is an error 
 
 def _load(batch: Batch, lanes: Array, address: Array, k: int) -> Array:
     bases = batch.shared_base[lanes], batch.local_base[lanes]
+    batch.races.touch(lanes, batch.races.line, 0)
     return batch.generic.load(address, bases, k)
 
 
@@ -51,6 +52,7 @@ def _print(batch: Batch, ins: Instr, lanes: Array, args: Sequence[Array]) -> Arr
     Arguments lie one after the other, each aligned to its size: 4 bytes for int, 8 for the rest.
     """
     formats, arguments = args
+    batch.races.line = ins.line
     lines = [""] * len(lanes)
     count = np.zeros(len(lanes), np.uint32)
     strings: dict[int, str] = {}
@@ -124,6 +126,7 @@ def _format(match: re.Match[str], stars: list[int], value: int, strings: Mapping
 def _assert_failed(batch: Batch, ins: Instr, lanes: Array, args: Sequence[Array]) -> Array | None:
     """__assertfail(message, file, line, function, bytes a character)."""
     lane = int(lanes[0])
+    batch.races.line = ins.line
     message, file, function = (_string(batch, lane, int(args[i][0])) for i in (0, 1, 3))
     what = f"assertion failed: {message}, in {function} at {file}:{int(args[2][0])}"
     raise batch.fault(what, ins, lanes)

@@ -150,7 +150,8 @@ class Function:
     instrs: list[Instr] = field(default_factory=list)
     labels: dict[tuple[int, str], int] = field(default_factory=dict)  # (scope, name) -> index into instrs
     scopes: list[int] = field(default_factory=lambda: [-1])  # parent of each scope; the body is scope 0
-    targets: dict[tuple[int, str], tuple[str, ...]] = field(default_factory=dict)  # .branchtargets tables
+    targets: dict[tuple[int, str], tuple[str, ...]] = field(default_factory=dict)  # .branchtargets, .calltargets
+    prototypes: dict[tuple[int, str], tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     directives: dict[str, list[int]] = field(default_factory=dict)  # maxntid and the like
     frame_size: int = 0  # bytes of local memory for its variables and the parameters of calls
 
@@ -164,8 +165,18 @@ class Function:
         return None
 
     def branch_targets(self, name: str, scope: int) -> tuple[str, ...] | None:
+        """The names in a table of labels (brx.idx) or of functions (call), as seen from a scope."""
         while scope >= 0:
             found = self.targets.get((scope, name))
+            if found is not None:
+                return found
+            scope = self.scopes[scope]
+        return None
+
+    def prototype(self, name: str, scope: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """The bytes of what functions of a .callprototype return and take, as seen from a scope."""
+        while scope >= 0:
+            found = self.prototypes.get((scope, name))
             if found is not None:
                 return found
             scope = self.scopes[scope]

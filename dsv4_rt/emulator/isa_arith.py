@@ -249,6 +249,15 @@ def _dot(e: Emitter, ins: Instr, m: Mods) -> None:
     result(e, ins.args[0], "b32", f"alu.{ins.op}({half}{a!r}, {b!r}, {{}}, {{}}, {{}})", *names)
 
 
+@handles("vabsdiff4")
+def _video(e: Emitter, ins: Instr, m: Mods) -> None:
+    """With all bytes of both operands in their order, as compilers write it."""
+    flags = keywords(m, "sat", "add")
+    kinds = ", ".join(map(repr, m.types))
+    names = [e.use(each, "b32") for each in ins.args[1:]]
+    result(e, ins.args[0], "b32", f"alu.vabsdiff4({kinds}, {{}}, {{}}, {{}}{flags})", *names)
+
+
 @handles("setp", "set")
 def _compare(e: Emitter, ins: Instr, m: Mods) -> None:
     op = m.choose(*_COMPARE)
@@ -269,7 +278,9 @@ def _compare(e: Emitter, ins: Instr, m: Mods) -> None:
         value = e.temp(form.format(*names), constant)
         if extra:
             value = e.temp(f"{value} {sign} {extra[0]}", constant and extra[0] in e.constant)
-        result(e, d, m.types[0], f"alu.set_value({m.types[0]!r}, {{}})", value)
+        # A packed comparison into u32 or s32 fills each half.
+        kind = f"{m.types[0][0]}16x2" if ty.endswith("x2") and m.types[0] in ("u32", "s32") else m.types[0]
+        result(e, d, m.types[0], f"alu.set_value({kind!r}, {{}})", value)
         return
     first, second = split_pair(d)
     if ty in ("f16x2", "bf16x2"):

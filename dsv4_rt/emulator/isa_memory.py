@@ -10,8 +10,8 @@ from dsv4_rt.errors import EmulatorError
 
 _CACHE = (
     "nc", "ca", "cg", "cs", "lu", "cv", "wb", "wt", "L1::no_allocate", "L1::evict_first", "L1::evict_last",
-    "L1::evict_normal", "L1::evict_unchanged", "L2::evict_first", "L2::evict_last", "L2::evict_normal", "L2::64B",
-    "L2::128B", "L2::256B", "unified",
+    "L1::evict_normal", "L1::evict_unchanged", "L2::evict_first", "L2::evict_last", "L2::evict_normal",
+    "L2::evict_unchanged", "L2::64B", "L2::128B", "L2::256B", "unified",
 )  # fmt: skip
 _ORDER = ("weak", "volatile", "relaxed", "acquire", "release", "acq_rel", "sc", "mmio", "cta", "cluster", "gpu", "sys")
 _SPACES = (
@@ -188,10 +188,14 @@ def _atomic(e: Emitter, ins: Instr, m: Mods) -> None:
     m.flag("L2::cache_hint")
     noftz = m.flag("noftz")
     op = m.choose("add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec")
+    width = m.choose("v2", "v4", "v8")
     ty = m.types[-1]
     if not op or m.left or ty not in ("u32", "s32", "b32", "u64", "s64", "b64", "f32", "f64", "b16", "f16x2", "bf16x2",
-                                      "f16", "bf16"):  # fmt: skip
+                                      "f16", "bf16", "b128"):  # fmt: skip
         raise m.refuse()
+    if width:
+        _vector_atomic(e, ins, m, space, int(width[1:]), op, ty, noftz)
+        return
     d: Operand = Sink()
     args = ins.args
     if ins.op == "atom":
@@ -200,6 +204,8 @@ def _atomic(e: Emitter, ins: Instr, m: Mods) -> None:
         raise m.refuse()
     k = (TYPES[ty][0] // 8).bit_length() - 1
     where = address(e, args[0], space)
+    if (ty == "b128" and op not in ("exch", "cas")) or ("16" in ty and ty[0] in "bf" and ty != "b16" and op != "add"):
+        raise m.refuse()
     count = 2 if op == "cas" else 1
     for each in args[1 : 1 + count]:
         e.check_set(each, "the value of an atomic")
@@ -212,6 +218,33 @@ def _atomic(e: Emitter, ins: Instr, m: Mods) -> None:
         e.emit(call)
     else:
         e.define(d, call, ty)
+
+
+_VECTOR_ATOMICS = {"f32": 4, "f16": 8, "bf16": 8, "f16x2": 4, "bf16x2": 4}  # type -> most elements
+
+
+def _vector_atomic(e: Emitter, ins: Instr, m: Mods, space: str, n: int, op: str, ty: str, noftz: bool) -> None:
+    """atom and red of two, four or eight elements, each atomic by itself."""
+    most = _VECTOR_ATOMICS.get(ty, 0)
+    known = op == "add" and not noftz if ty == "f32" else op in ("add", "min", "max") and noftz
+    d, where, value = ins.args[:3] if ins.op == "atom" else (Sink(), *ins.args[:2])
+    if n > most or not known or space not in ("global", "generic") or not isinstance(value, Vector):
+        raise m.refuse()
+    wanted: list[Operand] = list(d.items) if isinstance(d, Vector) else []
+    if len(value.items) != n or (wanted and len(wanted) != n):
+        raise m.refuse(f"{ins.name} with a vector that does not have {n} elements")
+    for item in value.items:
+        e.check_set(item, "the value of an atomic")
+    names = ", ".join(e.fill(e.use(item, ty)) for item in value.items)
+    name, base = space_target(e, space)
+    k = (TYPES[ty][0] // 8).bit_length() - 1
+    at = address(e, where, space)
+    touch(e, ins, space)
+    call = f"atomics.run_vector({name}, {at}, {base}, {k}, {op!r}, {ty!r}, ({names},), {bool(wanted)}, {noftz})"
+    parts = e.temp(call)
+    for i, item in enumerate(wanted):
+        if not isinstance(item, Sink):
+            e.define(item, f"{parts}[{i}]", ty)
 
 
 @handles("cvta")

@@ -33,6 +33,7 @@ from dsv4_rt.emulator.ir import (
     Block,
     Function,
     Instr,
+    Reg,
     Sym,
     Var,
     build_blocks,
@@ -53,6 +54,8 @@ from dsv4_rt.errors import Deadlock, EmulatorError, LaunchError, UnsupportedInst
 
 LANES_PER_BATCH = 8192  # 4.1 and 4.3 of the measurements: more falls out of cache, fewer pays for dispatch
 ORDERS = ("min-pc", "random", "reverse")
+WORKSPACE = 64  # bytes; cooperative_groups uses the second word, as the counter of grid.sync()
+FUNCTIONS = 4 << 48  # what pointers to functions hold lies above every window of memory
 STACK = 16384  # bytes of local memory a thread has for the frames of the functions it calls
 
 
@@ -78,6 +81,7 @@ class Program:
     first: dict[str, int]  # function -> its first block
     layouts: dict[str, Layout]
     registers: dict[str, list[tuple[int, int]]]  # function -> (slot, bits) of registers and their shadows
+    functions: dict[int, str]  # what a pointer to a function holds -> its name
     shared_bytes: int
     local_bytes: int
     tiled: bool = False  # whether TMA writes tiles and wgmma reads them: see `tiles.py`
@@ -115,6 +119,7 @@ class Module:
             function.name: _entry(function) for function in ptx.functions.values() if function.entry
         }
         self.addresses: dict[int, int] = {}
+        self.functions = {each: FUNCTIONS + 16 * i for i, each in enumerate(ptx.functions, 1)}
         self.globals: dict[str, tuple[int, int]] = {}  # name -> (address, bytes)
         self.programs: dict[tuple[str, bool], Program] = {}
         for var in ptx.variables.values():
@@ -138,9 +143,10 @@ class Module:
         for offset, size, value in var.initial:
             if isinstance(value, Sym):
                 target = self.ptx.variables.get(value.name)
-                if target is None or id(target) not in self.addresses:
+                function = self.functions.get(self.ptx.resolve(value.name))
+                if function is None and (target is None or id(target) not in self.addresses):
                     raise UnsupportedInstruction(f"{var.name}: the address of {value.name} in an initialiser")
-                bits = self.addresses[id(target)] + value.offset
+                bits = function or self.addresses[id(target)] + value.offset
             else:
                 bits = value.value
             view[offset : offset + size] = list((bits & (1 << 8 * size) - 1).to_bytes(size, "little"))
@@ -195,10 +201,13 @@ def _build(module: Module, name: str, clustered: bool) -> Program:
         mine = build_blocks(function, len(blocks))
         liveness(mine)
         layout, slots = _slots(function, mine, addresses)
+        aliases = {alias: module.functions[of] for alias, of in ptx.aliases.items() if of in module.functions}
+        layout.functions = module.functions | aliases
         layouts[function.name], registers[function.name] = layout, slots
         blocks.extend(mine)
+    pointers = {address: each for each, address in module.functions.items()}
     program = Program(
-        ptx, ptx.functions[name], blocks, first, layouts, registers, shared[1], STACK if calls else 0
+        ptx, ptx.functions[name], blocks, first, layouts, registers, pointers, shared[1], STACK if calls else 0
     )
     ops = {(ins.op, mod) for function in order for ins in function.instrs for mod in ins.mods}
     program.tiled = ("wgmma", "mma_async") in ops and ("cp", "tensor") in ops
@@ -215,6 +224,7 @@ def _reachable(module: Module, name: str) -> list[Function]:
     """The functions an entry may call, in text order, and the entry last."""
     ptx, work = module.ptx, [name]
     seen: set[str] = set()
+    through_pointers = False
     while work:
         at = work.pop()
         if at in seen:
@@ -224,17 +234,31 @@ def _reachable(module: Module, name: str) -> list[Function]:
             if ins.op != "call":
                 continue
             target = ins.args[0] if ins.args else None
-            if isinstance(target, Sym) and target.name in EXTERNAL and not ptx.defined(target.name):
+            if isinstance(target, Reg):
+                through_pointers = True
                 continue
-            if not isinstance(target, Sym) or not ptx.defined(target.name):
-                what = "an indirect call"
-                if isinstance(target, Sym):
-                    what = f"a call of {target.name}, which this module does not define,"
+            callee = ptx.resolve(target.name) if isinstance(target, Sym) else ""
+            if callee in EXTERNAL and not ptx.defined(callee):
+                continue
+            if not ptx.defined(callee):
+                what = f"a call of {callee}, which this module does not define,"
                 place = where(ptx, ins, module.roots)
                 raise UnsupportedInstruction(f"{name}: {what} is not implemented by the emulator{place}")
-            work.append(target.name)
+            work.append(callee)
+        if through_pointers and not work:
+            work = [each for each in _pointed_to(ptx) if each not in seen]
     order = sorted((ptx.functions[each] for each in seen if each != name), key=lambda f: f.line)
     return [*order, ptx.functions[name]]
+
+
+def _pointed_to(ptx: Ptx) -> list[str]:
+    """Functions whose address a variable or any code of the module takes: another kernel may have stored it."""
+    held = {v.name for var in ptx.variables.values() for _, _, v in var.initial if isinstance(v, Sym)}
+    for name in [each for each in ptx.functions if ptx.defined(each)]:
+        taken = [ins for ins in ptx.body(name).instrs if ins.op not in ("call", "bra", "brx")]
+        held |= {symbol.name for ins in taken for symbol in _symbols(ins) if symbol.var is None}
+    names = sorted({ptx.resolve(each) for each in held} & set(ptx.functions))
+    return [each for each in names if ptx.defined(each) and not ptx.functions[each].entry]
 
 
 def _reads_by_proxy(ins: Instr) -> bool:
@@ -355,6 +379,7 @@ class Machine:
         self.dice = random.Random(seed + 1)  # of the random completion schedule
         self._trace = trace
         self.clock = LaunchClock(0)
+        self.workspace = 0  # of a cooperative launch: what cooperative_groups finds in %envreg1 and %envreg2
 
     def load(self, ptx: str, name: str) -> Module:
         """Load a module; `name` stands in messages. Functions are parsed when first launched."""
@@ -399,6 +424,10 @@ class Machine:
         address = self.memory.alloc(max(size, 1), align=128, label=f"parameters of {entry}", writable=False)
         self.memory.view(address, max(size, 1))[:size] = np.frombuffer(params, np.uint8)[:size]
         self.memory.mark_written(address, size)
+        if cooperative:
+            self.workspace = self.memory.alloc(WORKSPACE, label=f"grid workspace of {entry}")
+            self.memory.view(self.workspace, WORKSPACE)[:] = 0
+            self.memory.mark_written(self.workspace, WORKSPACE)
         if isinstance(self.memory, WatchedMemory):
             self.memory.begin(program)
         try:
@@ -406,6 +435,9 @@ class Machine:
                 self._run(program, shape, params, address, report, cooperative)
         finally:
             self.memory.free(address)
+            if self.workspace:
+                self.memory.free(self.workspace)
+                self.workspace = 0
         return report
 
     def _check(self, entry: Entry, shape: Grid, params: bytes) -> None:

@@ -86,6 +86,7 @@ class Ptx:
     files: dict[int, str] = field(default_factory=dict)
     strings: dict[str, str] = field(default_factory=dict)  # labels of .debug_str: names of inlined functions
     bodies: dict[str, tuple[int, int]] = field(default_factory=dict)  # token ranges not parsed yet
+    aliases: dict[str, str] = field(default_factory=dict)  # .alias: another name -> the function's own
     parser: Parser | None = None
 
     def body(self, name: str) -> Function:
@@ -95,6 +96,10 @@ class Ptx:
         if span is not None and self.parser is not None:
             self.parser.parse_body(function, *span)
         return function
+
+    def resolve(self, name: str) -> str:
+        """A function's own name, for an alias of it."""
+        return self.aliases.get(name, name)
 
     def defined(self, name: str) -> bool:
         return name in self.bodies or (name in self.functions and bool(self.functions[name].instrs))
@@ -120,8 +125,13 @@ class Parser:
                 break
             at = token.end()
             if token.lastgroup != "skip":
-                self.words.append(token.group())
-                self.starts.append(token.start())
+                word, start = token.group(), token.start()
+                while (dot := word.find(".", 1)) > 0 and word[0] == ".":  # `.reg.b16`: no space between directives
+                    self.words.append(word[:dot])
+                    self.starts.append(start)
+                    word, start = word[dot:], start + dot
+                self.words.append(word)
+                self.starts.append(start)
         if at != len(text):
             line = text.count("\n", 0, at) + 1
             raise EmulatorError(f"PTX line {line}: cannot read {text[at : at + 20]!r}")
@@ -200,9 +210,11 @@ class Parser:
                 self.section()
             elif word == ".pragma":
                 self.rest_of_line()
-            elif word in (".alias", ".loc"):
-                if word == ".alias":
-                    raise self.unknown(word, begin)
+            elif word == ".alias":
+                alias = self.next()
+                self.expect(",")
+                self.module.aliases[alias] = self.next()
+            elif word == ".loc":
                 self.loc()
             elif word != ";":
                 raise self.unknown(word, begin)
@@ -409,14 +421,22 @@ class Parser:
         self.at = saved
 
     def label(self, function: Function, name: str, scope: int) -> None:
-        if self.take(".branchtargets"):
+        if self.words[self.at] in (".branchtargets", ".calltargets"):
+            self.at += 1
             found = [self.next()]
             while self.take(","):
                 found.append(self.next())
             self.expect(";")
             function.targets[scope, name] = tuple(found)
-        elif self.words[self.at] in (".callprototype", ".calltargets"):
-            raise self.unknown(self.words[self.at], self.at)
+        elif self.take(".callprototype"):
+            returns = self.formals() if self.words[self.at] == "(" else []
+            self.next()  # `_`, where a declaration has the function's name
+            params = self.formals() if self.words[self.at] == "(" else []
+            if not self.take(".noreturn") and self.words[self.at] != ";":
+                raise self.unknown(self.words[self.at], self.at)
+            self.expect(";")
+            sizes = tuple(var.size for var in returns), tuple(var.size for var in params)
+            function.prototypes[scope, name] = sizes
         else:
             function.labels[scope, name] = len(function.instrs)
 

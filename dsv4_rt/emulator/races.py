@@ -19,6 +19,7 @@ race, and it raises no alarm where the CUDA programming model gives an order.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,7 @@ class LaunchClock:
     """What the batches of one launch share: the ticks, and what CTAs have released to and acquired from others."""
 
     def __init__(self, ctas: int) -> None:
-        self.log: list[int] = [0]  # tick -> PTX line; 0 where threads met
+        self.log = array("I", [0])  # tick -> PTX line; 0 where threads met. Grows with the launch, 4 bytes a tick
         self.fenced = False
         self.fence = np.zeros(ctas, I64)  # tick of a CTA's last fence
         self.released = np.zeros(ctas, I64)  # what its strong stores have published: the fence before the last of them
@@ -376,7 +377,7 @@ class Shadow:
 
 def cells_of(at: Array, lanes: Array, size: int, grain: int) -> tuple[Array, Array, int]:
     """(cells, their lanes, cells an access) of accesses of `size` bytes at byte positions."""
-    first, many = at >> grain, size >> grain
+    first, many = at >> grain, max(size >> grain, 1)  # printf reads bytes in a kernel that reads words
     if many == 1:
         return first, lanes, 1
     return (first[:, None] + np.arange(many)).reshape(-1), lanes.repeat(many), many

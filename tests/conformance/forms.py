@@ -147,6 +147,7 @@ def _comparisons(t: _Table) -> None:
         for ty in ("f16x2", "bf16x2"):
             t.form("compare", f"setp.{op}.{ty}", f"setp.{op}.{ty} %r|%q, %a, %b;", f"{ty} {ty}", "pred pred")
             t.simple("compare", f"set.{op}.{ty}.{ty}", f"{ty} {ty}", "b32")
+            t.simple("compare", f"set.{op}.u32.{ty}", f"{ty} {ty}", "b32", n=1024)
     for ty in WORDS:
         for op in ORDERED:
             t.simple("compare", f"setp.{op}.{ty}", f"{ty} {ty}", "pred")
@@ -338,6 +339,13 @@ def _integers(t: _Table) -> None:
                 t.simple("integer", f"dp2a.{half}.{a}.{b}", "b32 b32 b32", "b32")
 
 
+def _video(t: _Table) -> None:
+    for a, b in (("u32", "u32"), ("s32", "s32"), ("u32", "s32")):
+        for d in ("u32", "s32"):
+            for flag in ("", ".sat", ".add"):
+                t.simple("integer", f"vabsdiff4.{d}.{a}.{b}{flag}", "b32 b32 b32", "b32")
+
+
 def _warp(t: _Table) -> None:
     for mode in ("up", "down", "bfly", "idx"):
         t.form("warp", f"shfl.sync.{mode}.b32 d|p", f"shfl.sync.{mode}.b32 %r|%q, %a, %b, %c, -1;", "b32 shift warp", "b32 pred")
@@ -383,6 +391,45 @@ _ATOMS = (
 )  # fmt: skip
 
 
+def _vector_atomics(t: _Table) -> None:
+    """Memory is a result array's own part of this thread; what atom returns fills that of the other result."""
+    for ty, widths in (("f32", "24"), ("f16", "248"), ("bf16", "248"), ("f16x2", "24"), ("bf16x2", "24")):
+        size = 16 if ty in HALVES[:1] + BRAINS[:1] else 32
+        kind = {"f32": "f32x2", "f16": "f16x4", "f16x2": "f16x4"}.get(ty, "bf16x4")
+        for n in map(int, widths):
+            bits, part = n * size, "h" if size == 16 else "w"
+            names = [f"%{part}{i}" for i in range(n)]
+            vector = "{" + ", ".join(names) + "}"
+            if bits == 32:
+                split, joined = f"cvt.u32.u64 %w0, %a; mov.b32 {vector}, %w0;", ""
+                store, keep = "cvt.u32.u64 %w0, %b; st.global.b32 [%pq], %w0; ", f"mov.b32 %r, {vector};"
+                ins, outs = f"{kind} {kind}", "b32 mem32"
+            elif bits == 64:
+                split, joined = f"mov.b64 {vector}, %a;", ""
+                store, keep, ins, outs = "st.global.b64 [%pq], %b; ", f"mov.b64 %r, {vector};", f"{kind} {kind}", "b64 mem64"
+            else:
+                halves = [f"{{{', '.join(names[: n // 2])}}}", f"{{{', '.join(names[n // 2 :])}}}"]
+                split = f"mov.b64 {halves[0]}, %a; mov.b64 {halves[1]}, %b;"
+                joined = f"mov.b64 %a, {halves[0]}; mov.b64 %b, {halves[1]}; "
+                store, keep = "st.global.v2.b64 [%pq], {%c, %d}; ", "st.global.v2.b64 [%pr], {%a, %b};"
+                ins, outs = " ".join([kind] * 4), "mem128 mem128"
+            for op in ("add",) if ty == "f32" else ("add.noftz", "min.noftz", "max.noftz"):
+                name = f"global.{op}.v{n}.{ty}"
+                atom = f"{store}{split} atom.{name} {vector}, [%pq], {vector}; {joined}{keep}"
+                t.form("atomic", f"atom.{name}", atom, ins, outs, n=2048)
+                t.form("atomic", f"red.{name}", f"{store}{split} red.{name} [%pq], {vector}; {joined}{keep}", ins, outs, n=2048)
+    four = "mov.b64 {%w0, %w1}, %a; mov.b64 {%w2, %w3}, %b; st.global.v2.b64 [%pq], {%c, %d};"
+    for name in ("relaxed.gpu.add.v4.f32", "relaxed.cta.global.max.noftz.v4.bf16x2"):
+        text = f"{four} red.{name} [%pq], {{%w0, %w1, %w2, %w3}}; st.global.v2.b64 [%pr], {{%a, %b}};"
+        t.form("atomic", f"red.{name}", text, " ".join(["bf16x4" if "bf16" in name else "f32x2"] * 4), "mem128 mem128", n=2048)
+    for space, at in (("global", "%pq"), ("shared", "%s")):
+        wide = f"st.{space}.v2.b64 [{at}], {{%c, %d}}; mov.b128 %x0, {{%a, %b}}; mov.b128 %x1, {{%b, %a}};"
+        keep = f"{'ld.shared.v2.b64 {%a, %b}, [%s]; st.global.v2.b64 [%pq], {%a, %b}; ' if space == 'shared' else ''}st.global.b128 [%pr], %x2;"
+        for op, values in (("exch", "%x0"), ("cas", "%x0, %x1")):
+            text = f"{wide} atom.{space}.{op}.b128 %x2, [{at}], {values}; {keep}"
+            t.form("atomic", f"atom.{space}.{op}.b128", text, "few64 few64 few64 few64", "mem128 mem128", n=2048)
+
+
 def _memory(t: _Table) -> None:
     for space, at in (("global", "%pq"), ("shared", "%s"), ("generic", "%g")):
         dot = "" if space == "generic" else f".{space}"
@@ -406,6 +453,7 @@ def _memory(t: _Table) -> None:
             kind = f"few{bits}" if bits != "16" else "b16"
             atom = f"atom{dot}.cas.b{bits} %r, [{at}], %a, %c;"
             t.form("atomic", f"atom{dot or '.generic'}.cas.b{bits}", store + atom + load, f"{kind} {kind} b{bits}", out)
+    _vector_atomics(t)
     for op, ty in (("add", "u32"), ("add", "u64"), ("min", "s32"), ("max", "u64"), ("and", "b32"), ("or", "b64"), ("xor", "b32"), ("inc", "u32")):
         bits = _bits(ty)
         first = f"setp.eq.u32 %most, %t, 0; @%most st.shared.{bits} [%s0], %a; bar.sync 0; "
@@ -438,12 +486,14 @@ def _memory(t: _Table) -> None:
     t.form("memory", "cvta.to.shared", text, "b64", "b32 b32", n=1024)
     for op, out in (("mov.b32 %r, {%a, %b};", "b32"), ("mov.b64 %r, {%a, %b, %b, %a};", "b64")):
         t.form("memory", f"mov pack {out}", op, "b16 b16", out, n=1024)
+    text = "mov.b128 %x0, {%b, %a}; st.shared.b128 [%s], %x0; ld.shared.b128 %x1, [%s]; mov.b128 {%r, %q}, %x1;"
+    t.form("memory", "mov.b128 st.shared.b128 ld.shared.b128", text, "b64 b64", "b64 b64", n=1024)
     t.form("memory", "mov unpack", "mov.b64 {%r, %q}, %a;", "b64", "b32 b32", n=1024)
 
 
 def all_forms() -> list[Form]:
     """Every form; names are unique."""
     t = _Table()
-    for add in (_floats, _approximations, _comparisons, _conversions, _integers, _warp, _memory):
+    for add in (_floats, _approximations, _comparisons, _conversions, _integers, _video, _warp, _memory):
         add(t)
     return t.forms

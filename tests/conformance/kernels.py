@@ -11,7 +11,7 @@ from operands import SEED, UINT, WIDTH, operands
 
 HEAD = ".version 8.6\n.target sm_90a\n.address_size 64\n"
 FILL = 0xA5
-_OUT = {"b16": 16, "b32": 32, "b64": 64, "pred": 32, "mem16": 16, "mem32": 32, "mem64": 64}
+_OUT = {"b16": 16, "b32": 32, "b64": 64, "pred": 32, "mem16": 16, "mem32": 32, "mem64": 64, "mem128": 128}
 _LETTERS = "abcd"
 
 
@@ -31,7 +31,8 @@ def entry(form: Form, name: str) -> str:
         f".visible .entry {name}(" + ", ".join(f".param .u64 {name}_{x}" for x in "abcdrq") + ")",
         "{",
         ".reg .pred %odd, %most, %p0, %r0;",
-        ".reg .b16 %h0, %h1, %h2, %h3;",
+        ".reg .b16 %h<8>;",
+        ".reg .b128 %x<3>;",
         ".reg .b32 %t, %i, %lane, %s, %s0, %w0, %w1, %w2, %w3, %o, %n;",
         ".reg .b64 %g, %base, %pa, %pb, %pc, %pd, %pr, %pq;",
     ]
@@ -83,7 +84,12 @@ def inputs(form: Form, seed: int = SEED) -> list[np.ndarray]:
 
 def blank(form: Form) -> list[np.ndarray]:
     """Result arrays before the launch."""
-    return [np.full(form.n * out_width(out) // 8, FILL, np.uint8).view(UINT[out_width(out)]) for out in form.outs]
+    found = []
+    for out in form.outs:
+        width = out_width(out)
+        array = np.full(form.n * width // 8, FILL, np.uint8).view(UINT[min(width, 64)])
+        found.append(array.reshape(form.n, 2) if width == 128 else array)
+    return found
 
 
 Runner = Callable[[list[Form], int], dict[str, list[np.ndarray]]]

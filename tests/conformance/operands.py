@@ -18,9 +18,12 @@ WIDTH = {
     "u8": 16, "s8": 16, "b8": 16, "u16": 16, "s16": 16, "b16": 16, "f16": 16, "bf16": 16, "e4m3x2": 16, "e5m2x2": 16,
     "u32": 32, "s32": 32, "b32": 32, "f32": 32, "tf32": 32, "f16x2": 32, "bf16x2": 32, "u16x2": 32, "s16x2": 32,
     "u64": 64, "s64": 64, "b64": 64, "f64": 64,
+    "f32x2": 64, "f16x4": 64, "bf16x4": 64,
     "shift": 32, "position": 32, "few32": 32, "few64": 64, "warp": 32, "angle": 32, "small": 32, "pred": 8,
 }  # fmt: skip
 UINT = {8: np.uint8, 16: U16, 32: U32, 64: U64}
+
+PACKED = {"f32x2": ("f32", 2), "f16x4": ("f16", 4), "bf16x4": ("bf16", 4)}  # 64 bits of an atomic's vector
 
 # (exponent bits, mantissa bits)
 FLOATS = {"f16": (5, 10), "bf16": (8, 7), "f32": (8, 23), "f64": (11, 52)}
@@ -101,6 +104,11 @@ def edges(kind: str) -> list[int]:
         return [0, 1]
     if kind in ("few32", "few64", "warp", "small", "e4m3x2", "e5m2x2"):
         return [0, 1]
+    if kind in PACKED:
+        element, many = PACKED[kind]
+        one, width = float_edges(element), WIDTH[element]
+        pick = [[one[(i * (7 * j + 1) + 3 * j) % len(one)] << width * j for j in range(many)] for i in range(len(one))]
+        return [sum(each) for each in pick]
     if kind.endswith("x2"):
         half = float_edges(kind[:-2]) if kind[:-2] in FLOATS else int_edges(16)
         return [lo | half[(i * 7 + 3) % len(half)] << 16 for i, lo in enumerate(half)]
@@ -121,6 +129,12 @@ def _random(kind: str, seed: int, n: int) -> np.ndarray:
     if kind == "angle":
         exponent = U64(100) + _below(seed + 1, n, 36)
         return (bits & U64(0x807FFFFF)) | exponent << U64(23)
+    if kind in PACKED:
+        element, many = PACKED[kind]
+        found = np.zeros(n, U64)
+        for j in range(many):
+            found |= _random(element, seed + 77 * j, n) << U64(WIDTH[element] * j)
+        return found
     if kind.endswith("x2") and kind[:-2] in FLOATS:
         return _random(kind[:-2], seed, n) | _random(kind[:-2], seed + 77, n) << U64(16)
     if kind not in FLOATS:

@@ -4,8 +4,9 @@
     python tests/conformance/run.py --on emulator --out emulator.npz
     python tests/conformance/run.py --compare h200.npz emulator.npz [--record tests/conformance/results]
 
---record writes summary.txt and digests.json, which test_conformance.py checks without a GPU. --seed runs other operands
-than the recorded ones; --only takes the forms whose name contains a text.
+--record writes summary.txt and digests.json, which test_conformance.py checks without a GPU, and puts the summary into
+the emulator's README. --seed runs other operands than the recorded ones; --only takes the forms whose name contains a
+text.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import documents  # noqa: E402
 from compare import judge, record  # noqa: E402
+from documents import RESULTS  # noqa: E402
 from forms import THREADS, Form, all_forms  # noqa: E402
 from operands import SEED  # noqa: E402
 
@@ -87,6 +90,8 @@ def main() -> int:
     verdicts = judge(forms, gpu, emulator, int(str(conditions["seed"])))
     text = record(verdicts, forms, gpu, emulator, conditions | {"commit": args.commit}, args.record)
     print(text)
+    if args.record and Path(args.record).resolve() == RESULTS:
+        documents.write()
     return 1 if any(v.state == "FAILED" for v in verdicts) else 0
 
 

@@ -5,17 +5,29 @@ the operands.
 """
 
 import json
+import re
 from pathlib import Path
 
+import documents
 import numpy as np
 import pytest
 from compare import ACCEPTED, BOUNDS, digest, judge
 from forms import LEFT_OUT, all_forms
+from launches import EMULATOR, FILES
+from launches import LEFT_OUT as NOT_COMPARED
 from operands import SEED, operands
 
 from dsv4_rt.cuda_device import cuda_device_count
 from kernels import Cuda, inputs, on_emulator
 
+# Tests of the same files that expect an error, check something that a GPU has not, or repeat another's launches.
+LAUNCHES_NOTHING = set(
+    """test_wrong_pointers_name_the_call_and_the_thread test_an_unset_pointer_and_its_cuda_line
+    test_a_missing_callee_is_refused_before_the_launch test_a_pointer_that_another_kernel_stored
+    test_faults_name_the_thread
+    test_vector_atomics_race_with_plain_stores_only test_forms_that_do_not_exist_are_refused
+    test_selects_in_under_a_third_of_a_second test_narrow_formats_by_instruction_and_by_software""".split()
+)
 FORMS = all_forms()
 FAMILIES = sorted({form.family for form in FORMS})
 RECORD = json.loads(Path(__file__).with_name("results").joinpath("digests.json").read_text())
@@ -82,6 +94,25 @@ def test_operands_depend_on_the_seed_and_the_form_alone():
     assert all((a == b).all() for a, b in zip(first, operands("x", ("f32", "u64"), 512), strict=True))
     assert (operands("y", ("f32", "u64"), 512)[1] != first[1]).any()
     assert (operands("x", ("f32", "u64"), 512, seed=1)[1] != first[1]).any()
+
+
+def test_the_readme_shows_the_record():
+    assert documents.shown(documents.README.read_text()) == documents.README.read_text(), "run documents.py"
+    first = documents.SUMMARIES["forms"].read_text().split("\n")
+    counted = RECORD["states"]
+    assert first[1].startswith(f"{len(FORMS)} forms, ")
+    assert f"{counted['equal']} equal bit for bit, {counted['within']} approximate" in first[1]
+    assert f"commit {RECORD['conditions']['commit']};" in first[0]
+
+
+def test_every_program_ran_on_the_hardware():
+    rows = documents.SUMMARIES["launches"].read_text().split("result\n")[1].strip().split("\n")
+    assert not [row for row in rows if "DIFFERENT" in row]
+    ran = {row.split("[")[0].split(" ")[0] for row in rows}
+    for name in FILES:
+        tests = re.findall(r"^def (test_\w+)", (EMULATOR / name).read_text(), re.MULTILINE)
+        launching = [test for test in tests if test not in LAUNCHES_NOTHING | set(NOT_COMPARED)]
+        assert set(launching) <= ran, f"{name}: {sorted(set(launching) - ran)}: run launches.py again"
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -55,12 +56,16 @@ def pack(params: tuple[tuple[int, int], ...], args: tuple[object, ...]) -> bytes
     return bytes(buffer)
 
 
-def run_ptx(
-    ptx, entry, grid, block, *args, order="min-pc", seed=0, shared=0, arch="sm_100a", machine=None, roots=(),
-    cluster=None,
-):  # fmt: skip
+# Called after each launch that ends well, by tests/conformance/launches.py: (module's PTX, entry, grid, block, shared
+# bytes, cooperative or not, arguments, what its arrays held before).
+LISTENERS: list[Callable[..., None]] = []
+CHECKS: dict[str, bool] = {}  # arguments of the Machine that run_ptx makes, for fixtures that turn checks on
+
+
+def run_ptx(ptx, entry, grid, block, *args, order="min-pc", seed=0, shared=0, arch="sm_100a", machine=None, roots=(),
+            cooperative=False, cluster=None):  # fmt: skip
     """Launch an entry (found by part of its name) with arrays registered in place; returns the report."""
-    machine = machine or Machine(arch, order=order, seed=seed, source_roots=roots)
+    machine = machine or Machine(arch, order=order, seed=seed, source_roots=roots, **CHECKS)
     module = machine.load(ptx, "test")
     name = next(each for each in module.entries if entry in each)
     tokens = [
@@ -68,9 +73,15 @@ def run_ptx(
         for i, a in enumerate(args)
         if isinstance(a, np.ndarray)
     ]
+    before = [a.copy() if LISTENERS and isinstance(a, np.ndarray) else a for a in args]
     try:
         params = pack(module.entries[name].params, args)
-        return machine.launch(module, name, grid, block, params, dynamic_shared=shared, cluster=cluster)
+        report = machine.launch(
+            module, name, grid, block, params, dynamic_shared=shared, cooperative=cooperative, cluster=cluster
+        )
+        for listener in LISTENERS:
+            listener(ptx, name, grid, block, shared, cooperative, args, before)
+        return report
     finally:
         for token in tokens:
             machine.memory.unregister(token)

@@ -2,19 +2,22 @@
 
 import numpy as np
 import pytest
-from foreign import compile_cccl
+from foreign import compiled, cuda_include, kept
 from programs import ARCHITECTURES, run_ptx
 
-pytestmark = pytest.mark.parametrize("arch", ARCHITECTURES)
+pytestmark = [pytest.mark.parametrize("arch", ARCHITECTURES), pytest.mark.usefixtures("checks")]
+# What NVRTC 13.0 made, and where the headers are installed also what the NVRTC that is installed makes.
+MADE = ["kept", "compiled"] if cuda_include() else ["kept"]
 
 
-@pytest.fixture(scope="module")
-def launch(kept_ptx):
+@pytest.fixture(scope="module", params=MADE)
+def launch(request, kept_ptx):
     """launch(file, entry, grid, block, *args, arch=...): each file is compiled once an architecture."""
     folder = kept_ptx("cccl")
 
     def run(name, entry, grid, block, *args, arch, **options):
-        return run_ptx(compile_cccl(name, arch, folder), entry, grid, block, *args, arch=arch, **options)
+        ptx = kept(name, arch)[0] if request.param == "kept" else compiled(name, arch, folder)
+        return run_ptx(ptx, entry, grid, block, *args, arch=arch, **options)
 
     return run
 
@@ -173,3 +176,17 @@ def test_ctas_that_wait_for_each_other(launch, arch, order):
     counter, before, after = np.zeros(1, np.int32), np.zeros(n, np.int32), np.zeros(n, np.int32)
     launch("groups_atomics", "grid_meeting", grid, block, counter, before, after, arch=arch, order=order, seed=9)
     np.testing.assert_array_equal(after, np.arange(n)[::-1] * 7)
+
+
+@pytest.mark.parametrize("order", ["min-pc", "random"])
+@pytest.mark.parametrize(("grid", "block"), [(5, 64), (90, 96)])  # one batch; more lanes than a batch usually has
+def test_grid_sync(launch, arch, order, grid, block, rng):
+    n, rounds = grid * block, 3
+    x = np.zeros((rounds + 2, n), np.int32)
+    x[0] = rng.integers(0, 1000, n)
+    want = [x[0].copy()]
+    for r in range(rounds):
+        want.append(3 * np.roll(want[-1], -97) + r)
+    launch("groups_atomics", "grid_rounds", grid, block, x, np.int32(rounds), arch=arch, order=order, cooperative=True)
+    np.testing.assert_array_equal(x[: rounds + 1], want)
+    assert x[rounds + 1, 0] == 1

@@ -1,5 +1,7 @@
 """Planted bugs: each is reported with the kernel, the thread and the CUDA line it stands on."""
 
+import re
+
 import numpy as np
 import pytest
 from programs import ARCHITECTURES, compile_ptx, line_of, run, run_ptx, write_source
@@ -21,6 +23,9 @@ def refused(tmp_path, arch, source, *args, grid=1, block=64, error=KernelFault, 
     assert f"program.cu:{line}: " in message, message
     assert "BUG" in message, message
     assert message.startswith("f: ")
+    if error is KernelFault:
+        assert re.search(r"\n  CTA \(\d+, 0, 0\), thread \(\d+, 0, 0\)", message), message
+    assert re.search(r"PTX line \d+: \S", message), message
     return message
 
 

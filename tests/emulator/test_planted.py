@@ -1,6 +1,7 @@
 """Bugs planted in right kernels. Each source runs clean without MUTANT, in every order, and equals NumPy; with it the
 emulator says what is wrong and on which line, which the source marks with BUG."""
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -433,7 +434,11 @@ def test_the_bug_is_reported(name, rng, tmp_path):
     for order in plant.orders:
         with pytest.raises(plant.error, match=plant.message) as caught:
             launch(source, x, order, plant.checks, (tmp_path,))
-        assert f"program.cu:{line_of(source, '// BUG')}: " in str(caught.value), f"{order}: {caught.value}"
+        message = str(caught.value)
+        assert f"program.cu:{line_of(source, '// BUG')}: " in message, f"{order}: {message}"
+        assert message.startswith("f: ")
+        assert re.search(r"CTA \(\d, 0, 0\),? thread \(\d+, 0, 0\)", message), message
+        assert re.search(r"PTX line \d+: \S", message), message
 
 
 def test_both_accesses_of_a_race_are_named(rng, tmp_path):

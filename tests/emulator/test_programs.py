@@ -417,3 +417,50 @@ def test_a_jump_table(arch, order, rng):
     np.testing.assert_array_equal(y.reshape(-1, 4), np.tile([10, 20, 30, 20], (16, 1)))
 
 
+
+
+def test_one_load_over_every_space(arch, order, rng):
+    source = """struct Table { int v[8]; };
+    __constant__ int fixed[8] = {80, 81, 82, 83, 84, 85, 86, 87};
+    __device__ __noinline__ int pick(const int* p, int i) { return p[i]; }
+    extern "C" __global__ void f(const __grid_constant__ Table given, const int* x, int* y) {
+        __shared__ int shared[8];
+        int local[8];
+        const int t = threadIdx.x;
+        for (int i = 0; i < 8; ++i) local[i] = 100 * t + i;
+        if (t < 8) shared[t] = 50 + t;
+        __syncthreads();
+        const int* p = t % 5 == 0 ? given.v : t % 5 == 1 ? fixed : t % 5 == 2 ? shared : t % 5 == 3 ? local : x;
+        y[t] = pick(p, t & 7);
+    }"""
+    given = rng.integers(0, 1000, 8).astype(np.int32)
+    x, y = rng.integers(0, 1000, 8).astype(np.int32), np.zeros(64, np.int32)
+    run(source, "f", 1, 64, given.tobytes(), x, y, arch=arch, order=order)
+    t = np.arange(64)
+    at = t & 7
+    np.testing.assert_array_equal(y, np.choose(t % 5, [given[at], 80 + at, 50 + at, 100 * t + at, x[at]]))
+
+
+def test_elements_of_a_structure_by_value(arch, order, rng):
+    source = """struct Mixed { char a; short b; double c; float d[3]; char e; };
+    __device__ __noinline__ Mixed turned(Mixed m, int by) {
+        Mixed r = m;
+        for (int i = 0; i < 3; ++i) r.d[i] = m.d[(i + by) % 3];
+        r.a += by; r.b -= by; r.c *= 2; r.e = m.a;
+        return r;
+    }
+    extern "C" __global__ void f(Mixed m, double* y) {
+        const int t = threadIdx.x;
+        Mixed r = turned(turned(m, t), 1);
+        double* out = y + 7 * t;
+        out[0] = r.a; out[1] = r.b; out[2] = r.c; out[3] = r.d[0]; out[4] = r.d[1]; out[5] = r.d[2]; out[6] = r.e;
+    }"""
+    form = np.dtype({"names": list("abcde"), "formats": ["i1", "i2", "f8", ("f4", 3), "i1"],
+                     "offsets": [0, 2, 8, 16, 28], "itemsize": 32})  # fmt: skip
+    m = np.zeros(1, form)
+    m["a"], m["b"], m["c"], m["d"], m["e"] = 7, -300, 1.5, rng.integers(0, 99, 3), 9
+    y = np.zeros((32, 7))
+    run(source, "f", 1, 32, m.tobytes(), y, arch=arch, order=order)
+    for t in range(32):
+        want = [7 + t + 1, -300 - t - 1, 6.0, *np.roll(m["d"][0], -(t + 1)), 7 + t]
+        assert y[t].tolist() == want

@@ -50,7 +50,7 @@ N, E, K = 256, 384, 6
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_routes_like_numpy_in_under_half_a_second(arch):
+def test_routes_like_numpy_in_under_a_third_of_a_second(arch):
     seed = int(np.random.SeedSequence().entropy % 2**32)
     print(f"seed {seed}")
     rng = np.random.default_rng(seed)
@@ -63,11 +63,11 @@ def test_routes_like_numpy_in_under_half_a_second(arch):
     for label, array in {"x": x, "bias": bias, "w": w, "ids": ids}.items():
         machine.memory.register(array.ctypes.data, array.nbytes, label=label, keep=array)
     params = pack(module.entries[name].params, (x, bias, w, ids, np.int32(N), np.int64(E), np.float32(2.5)))
-    seconds = []
+    seconds = []  # of the processor, so that what else the machine does counts little
     for _ in range(4):
-        start = time.perf_counter()
+        start = time.process_time()
         machine.launch(module, name, N // 4, 128, params)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     print(f"{arch}: cold {seconds[0]:.3f} s, warm {min(seconds[1:]):.3f} s")
     score = np.sqrt(np.log1p(np.exp(x.astype(np.float64))))
     expected = np.argsort(-(score + bias), axis=1, kind="stable")[:, :K]
@@ -75,4 +75,4 @@ def test_routes_like_numpy_in_under_half_a_second(arch):
     chosen = np.take_along_axis(score, expected, 1)
     # expf, log1pf, sqrtf and a division: a few units in the last place of fp32.
     np.testing.assert_allclose(w, chosen / chosen.sum(1, keepdims=True) * 2.5, rtol=1e-6)
-    assert min(seconds[1:]) < 0.5
+    assert min(seconds[1:]) < 0.3

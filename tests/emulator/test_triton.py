@@ -2,25 +2,24 @@
 
 import numpy as np
 import pytest
-from foreign import compile_triton
+from foreign import kept
 from ml_dtypes import bfloat16, float8_e4m3fn
 from programs import ARCHITECTURES, run_ptx
 
 from dsv4_rt.errors import KernelFault
 
-pytestmark = pytest.mark.parametrize("arch", ARCHITECTURES)
+pytestmark = [pytest.mark.parametrize("arch", ARCHITECTURES), pytest.mark.usefixtures("checks")]
 THREADS = {"layernorm": 256, "absmax_fp8": 64, "top_k": 64, "two_axes": 64} | dict.fromkeys(
     ("positive", "say", "spin_lock"), 32
 )
 
 
 @pytest.fixture
-def launch(kept_ptx, arch):
+def launch(arch):
     """launch(name, grid, *args, **options): the entry takes two scratch pointers more, which stay null."""
-    folder = kept_ptx("triton")
 
     def run(name, grid, *args, **options):
-        ptx, shared = compile_triton(name, arch, folder)
+        ptx, shared = kept(name, arch)
         args = (*args, np.uint64(0), np.uint64(0))
         return run_ptx(ptx, name, grid, THREADS.get(name, 128), *args, arch=arch, shared=shared, **options)
 

@@ -101,3 +101,15 @@ extern "C" __global__ void grid_meeting(int* counter, int* before, int* after) {
   const int n = gridDim.x * blockDim.x;
   after[t] = before[n - 1 - t];
 }
+
+// A cooperative grid: in every round each thread reads what another CTA wrote in the round before.
+extern "C" __global__ void grid_rounds(int* x, int rounds) {
+  auto grid = cg::this_grid();
+  const int n = (int)grid.size(), t = (int)grid.thread_rank();
+  for (int r = 0; r < rounds; ++r) {
+    const int other = x[r * n + (t + 97) % n];
+    x[(r + 1) * n + t] = 3 * other + r;
+    grid.sync();
+  }
+  if (t == 0) x[(rounds + 1) * n] = grid.is_valid();
+}

@@ -1,0 +1,256 @@
+"""Whole programs on a GPU and on the emulator: the same PTX on the same inputs, results compared.
+
+    python tests/conformance/launches.py --record FOLDER                          # here: what the tests launch
+    python tests/conformance/launches.py --replay FOLDER [--summary FILE]         # on a machine with a GPU
+
+--record runs the emulator's tests of CUB, cooperative_groups, cuda::atomic_ref, Triton, mathematical functions and of
+small CUDA programs, which compare with NumPy, and writes down every launch: PTX, inputs, and the emulator's results.
+--replay loads that PTX with the driver, launches it on those inputs, and compares bit for bit; where a program uses
+instructions whose result the ISA leaves open, within a bound. A driver of CUDA 13.0 loads PTX up to version 9.0, so
+that --record needs NVRTC 13.0. The summary's place is results/launches.txt, which the emulator's README shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).parent
+EMULATOR = HERE.parent / "emulator"
+SUMMARY = HERE / "results" / "launches.txt"
+FILES = ("test_cccl.py", "test_triton.py", "test_programs.py", "test_pointers.py", "test_vector_atomics.py",
+         "test_math.py", "test_radix_speed.py", "test_intrinsics.py")  # fmt: skip
+SELECTION = " and ".join(
+    f"not {each}" for each in ("sm_100a", "random", "reverse", "compiled", "every-check", "by_software")
+)  # every program once
+NEWEST = (9, 0)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """How far two right results may lie apart: relative * |emulator's|, of_largest * the launch's largest float32, and
+    ulp units in the emulator's last place, added up."""
+
+    why: str
+    relative: float = 0
+    of_largest: float = 0
+    ulp: float = 0
+
+
+# Tests whose programs use .approx or .full instructions. Either result lies within the test's own bound of the exact
+# one, so that they lie within twice that of each other.
+BOUNDS = {
+    "test_function": Bound("an approximation to begin with", ulp=2 * 10),
+    "test_layernorm": Bound("div.full and sqrt.approx", of_largest=2 * 20 * 2 * 2.0**-24),
+    "test_softmax": Bound("ex2.approx and div.full", relative=2 * 2.0**-17),
+    "test_welford": Bound("div.full", relative=2e-4),
+}
+# Launches whose results are not a function of their inputs.
+LEFT_OUT = {
+    "test_what_atom_returns_is_each_element_before": "in which order a GPU serves the lanes of a warp is its own affair"
+}
+
+
+class Recorder:
+    """Writes down launches, in the order of the tests."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.entries = folder, []
+        (folder / "ptx").mkdir(parents=True, exist_ok=True)
+        self.arrays: dict[str, np.ndarray] = {}
+        self.refused: list[str] = []
+
+    def __call__(
+        self, ptx: str, entry: str, grid: Any, block: Any, shared: int, cooperative: bool, args: tuple[Any, ...],
+        before: list[Any],
+    ) -> None:  # fmt: skip
+        test = os.environ["PYTEST_CURRENT_TEST"].split("::")[-1].split(" ")[0]
+        if ".target sm_90" not in ptx:
+            return
+        version = tuple(map(int, ptx.split(".version ", 1)[1].split(None, 1)[0].split(".")))
+        if version > NEWEST:
+            self.refused.append(f"{test}: PTX of version {version[0]}.{version[1]}")
+            return
+        name = hashlib.sha256(ptx.encode()).hexdigest()[:16]
+        (self.folder / "ptx" / f"{name}.ptx").write_text(ptx)
+        listed: list[dict[str, Any]] = []
+        for arg, old in zip(args, before, strict=True):
+            if isinstance(arg, np.ndarray):
+                key = f"a{len(self.arrays)}"
+                # Two rows of bytes: before and after.
+                self.arrays[key] = np.stack([np.frombuffer(each.tobytes(), np.uint8) for each in (old, arg)])
+                listed.append({"array": key, "dtype": arg.dtype.str})
+            else:
+                listed.append({"bytes": (arg if isinstance(arg, bytes) else np.asarray(arg).tobytes()).hex()})
+        sizes = [[each] if isinstance(each, int) else list(each) for each in (grid, block)]
+        self.entries.append(
+            {"test": test, "ptx": name, "entry": entry, "grid": sizes[0], "block": sizes[1], "shared": shared,
+             "cooperative": cooperative, "args": listed}
+        )  # fmt: skip
+
+    def save(self, versions: str) -> None:
+        """launches.json and launches.npz beside the PTX."""
+        content = {"versions": versions, "launches": self.entries}
+        (self.folder / "launches.json").write_text(json.dumps(content, indent=0))
+        np.savez_compressed(self.folder / "launches.npz", **self.arrays)
+
+
+def record(folder: Path) -> int:
+    """Run the tests with a recorder."""
+    sys.path.insert(0, str(EMULATOR))
+    import programs
+    import pytest
+    from cuda.bindings import nvrtc
+
+    recorder = Recorder(folder)
+    programs.LISTENERS.append(recorder)
+    files = [str(EMULATOR / each) for each in FILES]
+    code = pytest.main(["-q", "-p", "no:cacheprovider", "-k", SELECTION, *files])
+    _, major, minor = nvrtc.nvrtcVersion()
+    kept = [(EMULATOR / "kept" / f"{name}.sm_90a.ptx").read_text() for name in ("cub_blocks", "gelu")]
+    first = {text.split(", source")[0][3:] for text in kept}
+    recorder.save(f"CUDA programs by NVRTC {major}.{minor}; {'; '.join(sorted(first))}")
+    print(f"{len(recorder.entries)} launches in {folder}")
+    if recorder.refused:
+        print(f"NVRTC 13.0 is wanted; left out {len(recorder.refused)}: {recorder.refused[0]} ...")
+    return int(code) or bool(recorder.refused)
+
+
+class Gpu:
+    """Launches on the first GPU."""
+
+    def __init__(self, folder: Path) -> None:
+        sys.path.insert(0, str(HERE))
+        from kernels import Cuda
+
+        self.folder, self.cuda = folder, Cuda()
+        self.modules: dict[str, Any] = {}
+
+    def launch(self, entry: dict[str, Any], arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """What the arrays hold afterwards, as bytes."""
+        call, d = self.cuda._call, self.cuda.driver
+        if entry["ptx"] not in self.modules:
+            text = (self.folder / "ptx" / f"{entry['ptx']}.ptx").read_bytes()
+            self.modules[entry["ptx"]] = call(d.cuModuleLoadData(text + b"\0"))
+        function = call(d.cuModuleGetFunction(self.modules[entry["ptx"]], entry["entry"].encode()))
+        attribute = d.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        call(d.cuFuncSetAttribute(function, attribute, entry["shared"]))
+        buffers, values = [], []
+        for arg in entry["args"]:
+            if "array" in arg:
+                data = np.ascontiguousarray(arrays[arg["array"]][0])
+                buffers.append((call(d.cuMemAlloc(max(data.nbytes, 16))), data))
+                call(d.cuMemcpyHtoD(buffers[-1][0], data.ctypes.data, data.nbytes))
+                values.append(np.frombuffer(int(buffers[-1][0]).to_bytes(8, "little"), np.uint8))
+            else:
+                values.append(np.frombuffer(bytes.fromhex(arg["bytes"]), np.uint8))
+        pointers = np.array([value.ctypes.data for value in values], np.uint64)
+        grid, block = ((*sizes, 1, 1)[:3] for sizes in (entry["grid"], entry["block"]))
+        where = int(pointers.ctypes.data)
+        if entry["cooperative"]:
+            call(d.cuLaunchCooperativeKernel(function, *grid, *block, entry["shared"], 0, where))
+        else:
+            call(d.cuLaunchKernel(function, *grid, *block, entry["shared"], 0, where, 0))
+        call(d.cuCtxSynchronize())
+        found = []
+        for address, data in buffers:
+            after = np.empty_like(data)
+            call(d.cuMemcpyDtoH(after.ctypes.data, address, after.nbytes))
+            call(d.cuMemFree(address))
+            found.append(after)
+        return found
+
+
+def compare(test: str, dtype: str, gpu: np.ndarray, emulator: np.ndarray, largest: float) -> tuple[str, str]:
+    """(equal, within or DIFFERENT; a note) of one array's bytes; `largest` is the largest float32 of the launch."""
+    if (gpu == emulator).all():
+        return "equal", ""
+    a, b = gpu.view(dtype), emulator.view(dtype)
+    at = int(np.argmax(a != b)) if a.dtype.kind != "f" else int(np.argmax(~((a == b) | ((a != a) & (b != b)))))
+    note = f"{int((a != b).sum())} of {a.size} elements, first [{at}]: GPU {a[at]}, emulator {b[at]}"
+    bound = BOUNDS.get(test)
+    if bound is None or a.dtype.kind != "f":
+        return "DIFFERENT", note
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    room = bound.relative * np.abs(y) + bound.of_largest * largest
+    error = np.abs(x - y) - room - bound.ulp * np.abs(np.spacing(b)).astype(np.float64)
+    apart = np.abs(x - y) / np.maximum(np.abs(y), np.finfo(a.dtype).tiny)
+    ok = bool((np.isfinite(x) == np.isfinite(y)).all() and (error[np.isfinite(y)] <= 0).all())
+    return ("within" if ok else "DIFFERENT"), f"{note}; largest relative difference {np.nanmax(apart):.2g}"
+
+
+def replay(folder: Path, summary: Path | None, commit: str) -> int:
+    """Launch what was recorded and compare."""
+    content = json.loads((folder / "launches.json").read_text())
+    gpu = Gpu(folder)
+    rows: dict[str, list[Any]] = defaultdict(lambda: [0, 0, 0, "equal", ""])
+    with np.load(folder / "launches.npz") as arrays:
+        for entry in content["launches"]:
+            test, name = entry["test"], entry["test"].split("[")[0]
+            if name in LEFT_OUT:
+                continue
+            found = gpu.launch(entry, arrays)
+            row = rows[test]
+            row[0] += 1
+            results = {arg["array"]: arrays[arg["array"]][1] for arg in entry["args"] if "array" in arg}
+            floats = [results[arg["array"]].view("f4") for arg in entry["args"] if arg.get("dtype") == "<f4"]
+            largest = max((float(np.nanmax(np.abs(each))) for each in floats), default=0.0)
+            for arg, after in zip([each for each in entry["args"] if "array" in each], found, strict=True):
+                state, note = compare(name, arg["dtype"], after, results[arg["array"]], largest)
+                row[1], row[2] = row[1] + 1, row[2] + after.nbytes
+                if state != "equal" and row[3] != "DIFFERENT":
+                    row[3], row[4] = state, f"{entry['entry']}: {note}"
+    states = [row[3] for row in rows.values()]
+    lines = [
+        f"{gpu.cuda.name}, driver {gpu.cuda.version}, {datetime.date.today()}, commit {commit}; {content['versions']}",
+        "python tests/conformance/launches.py --record FOLDER, and there --replay FOLDER",
+        f"{len(rows)} tests, {sum(row[0] for row in rows.values())} launches, {sum(row[2] for row in rows.values()):,} "
+        f"bytes: {states.count('equal')} equal bit for bit, {states.count('within')} within a bound, "
+        f"{states.count('DIFFERENT')} different",
+        *(f"left out: {test}: {why}" for test, why in LEFT_OUT.items()),
+        "",
+        f"{'test':58} {'launches':>8} {'bytes':>9}  result",
+    ]
+    for test, (launches, _, size, state, note) in rows.items():
+        why = f" ({BOUNDS[test.split('[')[0]].why}: {note})" if state == "within" else f" {note}" if note else ""
+        lines.append(f"{test:58} {launches:8} {size:9,}  {state}{why}")
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if summary:
+        summary.write_text(text)
+    if summary and summary.resolve() == SUMMARY:
+        sys.path.insert(0, str(HERE))
+        import documents
+
+        documents.write()
+    return int("DIFFERENT" in states)
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", type=Path, metavar="FOLDER")
+    parser.add_argument("--replay", type=Path, metavar="FOLDER")
+    parser.add_argument("--summary", type=Path, metavar="FILE")
+    parser.add_argument("--commit", default="")
+    args = parser.parse_args()
+    if args.record:
+        return record(args.record)
+    if args.replay:
+        return replay(args.replay, args.summary, args.commit)
+    parser.error("--record or --replay")
+    return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
