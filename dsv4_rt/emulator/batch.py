@@ -243,7 +243,11 @@ class Batch:
         return np.frombuffer(self.params, dtype, 1, offset)
 
     def param_address(self, offset: int, dtype: Any) -> Array:
-        return np.array([self.param_base + offset], dtype)
+        return np.array([offset if dtype is U32 else self.param_base + offset], dtype)
+
+    def param_generic(self, address: Array) -> Array:
+        """Generic addresses of parameters: those that 32 bits hold are offsets."""
+        return np.where(address < np.uint64(1 << 32), address + np.uint64(self.param_base), address)
 
     def check_set(self, flags: Array, name: str, use: str, n: int) -> None:
         flags = np.broadcast_to(flags, n)

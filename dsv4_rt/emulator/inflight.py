@@ -13,7 +13,8 @@ one vector operation more, and nothing in kernels without asynchronous operation
 for a proxy fence: written by ordinary stores since the last fence.proxy.async of a thread that those stores happen
 before. An op of the async proxy that reads such a word, or one whose fence is not ordered before the op, is an error.
 The fence may be the writer's, before the barrier, or the issuing thread's, after it: the PTX memory model asks for one
-anywhere on the causality path.
+anywhere on the causality path. What cp.async wrote needs none here, though PTX counts it to the generic proxy: Triton's
+pipelines multiply it by wgmma without one.
 """
 
 from __future__ import annotations
@@ -348,7 +349,7 @@ class Flight:
             if entry.seen is not None or not chosen.any():
                 continue
             places, who = entry.split(chosen)
-            self._flag(places, entry.size, UNFENCED if self.proxied else 0, UNFENCED)
+            self._flag(places, entry.size, 0, UNFENCED)  # no fence is asked for: see the top
             self.batch.shared.stored(who, places, entry.size, op.line)
             if not len(entry.places):
                 op.entries.remove(entry)

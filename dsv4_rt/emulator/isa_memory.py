@@ -254,7 +254,9 @@ def _cvta(e: Emitter, ins: Instr, m: Mods) -> None:
     ty = m.types[-1]
     name = e.use(ins.args[1], ty)
     window = {"shared": 1 << 48, "local": 2 << 48}.get(space, 0)
-    if not window:
+    if space == "param" and not to and e.function.entry:
+        result(e, ins.args[0], ty, "B.param_generic({})", name)
+    elif not window:
         if isinstance(ins.args[0], Reg) and not e.mask:
             e.alias(ins.args[0], name)
         else:

@@ -140,13 +140,16 @@ def decode(record: bytes) -> TileMap:
     )  # fmt: skip
 
 
+_EMPTY = TileMap("u8", 0, (1,), (), (1,), (1,))  # 128 zeros, which a kernel may begin a map with
+
+
 def replace(record: bytes, field: str, value: int, axis: int = 0) -> bytes:
     """A map with one field changed, as tensormap.replace does: `field` and `value` as PTX has them.
 
     Raises:
         EmulatorError: the field or the value is not modelled, or the map has no such axis.
     """
-    tile = decode(record)
+    tile = decode(record) if any(record) else _EMPTY
     now: dict[str, Any] = {name: getattr(tile, name) for name in TileMap.__dataclass_fields__}
     lists = {"box_dim": "box", "global_dim": "shape", "global_stride": "strides", "element_stride": "element_strides"}
     if field in lists:

@@ -3,7 +3,7 @@
     python tests/emulator/keep.py triton     # needs Triton, in the version named in pyproject.toml
     python tests/emulator/keep.py cccl       # needs nvidia-cuda-cccl, nvidia-cuda-runtime and NVRTC 13.0
 
-The kernels are those of triton_programs.py and cccl/*.cu. What compilers make of them is kept, so that the tests need
+The kernels are those of triton_programs.py, triton_dots.py and cccl/*.cu. What compilers make of them is kept, so that the tests need
 neither, and so that a GPU can run the same PTX: its version is 9.0, which a driver of CUDA 13.0 loads. A file's first
 line says what made it and from which source; a test compares that with the source. Paths and DWARF are left out.
 """
@@ -19,7 +19,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 KEPT = HERE / "kept"
 ARCHITECTURES = ("sm_90a", "sm_100a")
-CCCL = ("cub_blocks", "groups_atomics")
+CCCL = ("cub_blocks", "groups_atomics", "async_copies")
+TRITON_SOURCES = {"triton_programs": ARCHITECTURES, "triton_dots": ("sm_90a",)}  # the products are wgmma's
 TRITON = "3.9.0"  # as pyproject.toml names it: another version compiles to other programs
 PTX_VERSION = 90
 
@@ -31,40 +32,50 @@ def digest(source: Path) -> str:
 
 def without_paths(ptx: str) -> str:
     """Triton's PTX without the folder it was compiled in, and without DWARF, which holds it too."""
-    source = "triton_programs.py"
 
     def strings(match: re.Match[str]) -> str:
         data = bytes(int(each) for each in match[3].split(","))
-        if source.encode() not in data:
+        at = re.search(rb"triton_(programs|dots)\.py", data)
+        if at is None:
             return match[0]
-        short = data[data.index(source.encode()) :]
+        short = data[at.start() :]
         return f"{match[1]}[{len(short) + 1}] = {{{', '.join(map(str, short))}}};"
 
     ptx = re.sub(r"(\.b8 \w+)\[(\d+)\] = \{([\d, ]+)\};", strings, ptx)
-    ptx = re.sub(rf'(\.file\s+\d+ ")[^"]*/(triton/[^"]*"|{source}")', r"\1\2", ptx)
+    ptx = re.sub(r'(\.file\s+\d+ ")[^"]*/(triton/[^"]*"|triton_\w+\.py")', r"\1\2", ptx)
     ptx = re.sub(r"\t\.section\t\.debug_(?:abbrev|info|macinfo|loc)\s*\{[^}]*\}\n", "", ptx)
     return re.sub(r"[ \t]+//[^\n]*(?=\n)", "", ptx)
 
 
+def triton_source(name: str) -> Path:
+    """The file of a Triton program."""
+    at = f'    "{name}": ('
+    return next(path for each in TRITON_SOURCES if at in (path := HERE / f"{each}.py").read_text())
+
+
 def triton_ptx(name: str, arch: str) -> str:
-    """A kernel of triton_programs.py compiled, without a GPU, with the first line of its kept file."""
+    """A Triton kernel compiled, without a GPU, with the first line of its kept file."""
+    import importlib
+
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from triton_programs import PROGRAMS
 
-    function, types, constants, warps = PROGRAMS[name]
+    path = triton_source(name)
+    function, types, constants, warps, *stages = importlib.import_module(path.stem).PROGRAMS[name]
     names = [each for each in function.arg_names if each not in constants]
     signature = dict(zip(names, types.split(), strict=True)) | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(fn=function, signature=signature, constexprs=constants)
+    aligned = [at for at, each in enumerate(function.arg_names) if signature[each][0] == "*" or signature[each] == "i32"]
+    attributes = {(at,): [["tt.divisibility", 16]] for at in aligned if stages}
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", int(arch.strip("sm_a")), 32)
-    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True, "debug": name == "positive"}
+    options = {"num_warps": warps, "num_stages": (stages or [1])[0], "enable_fp_fusion": True, "debug": name == "positive"}
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
         made = triton.compile(source, target=target, options=options | {"ptx_version": PTX_VERSION})
-    assert made.metadata.global_scratch_size == made.metadata.profile_scratch_size == 0
-    made_from = digest(HERE / "triton_programs.py")
-    first = f"// Triton {triton.__version__}, source {made_from}, shared {made.metadata.shared}"
+    assert made.metadata.profile_scratch_size == 0
+    scratch = f", scratch {made.metadata.global_scratch_size}" if made.metadata.global_scratch_size else ""
+    first = f"// Triton {triton.__version__}, source {digest(path)}{scratch}, shared {made.metadata.shared}"
     return f"{first}\n{without_paths(made.asm['ptx'])}"
 
 
@@ -87,6 +98,15 @@ def cccl_ptx(name: str, arch: str, include: Path) -> str:
     return f"{first}\n{nvrtc_ptx(source.read_text(), source.name, options)}"
 
 
+def triton_programs() -> list[tuple[str, str]]:
+    """(name, architecture) of every Triton program that is kept."""
+    found = []
+    for each, architectures in TRITON_SOURCES.items():
+        names = re.findall(r'^    "(\w+)": \(', (HERE / f"{each}.py").read_text(), re.MULTILINE)
+        found += [(name, arch) for name in names for arch in architectures]
+    return found
+
+
 def main() -> int:
     """The command line."""
     from foreign import cuda_include, installed_triton
@@ -96,9 +116,7 @@ def main() -> int:
     if sys.argv[1:] == ["triton"]:
         if installed_triton() != TRITON:
             raise SystemExit(f"keep.py: Triton {TRITON} is wanted, not {installed_triton() or 'none'}")
-        from triton_programs import PROGRAMS
-
-        made = {f"{name}.{arch}": triton_ptx(name, arch) for name in PROGRAMS for arch in ARCHITECTURES}
+        made = {f"{name}.{arch}": triton_ptx(name, arch) for name, arch in triton_programs()}
     elif sys.argv[1:] == ["cccl"]:
         include = cuda_include()
         if include is None:

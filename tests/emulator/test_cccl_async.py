@@ -2,24 +2,22 @@
 
 import numpy as np
 import pytest
-from asynchronous import COMPLETIONS as SCHEDULES
-from foreign import compile_cccl
+from asynchronous import all_schedules
+from foreign import kept
 from programs import ARCHITECTURES, run_ptx
 
 from dsv4_rt.emulator import Machine
 
-pytestmark = [pytest.mark.parametrize("arch", ARCHITECTURES), pytest.mark.parametrize("completion", SCHEDULES)]
+pytestmark = [pytest.mark.parametrize("arch", ARCHITECTURES), all_schedules]
 
 
 @pytest.fixture
-def launch(kept_ptx, arch, completion):
+def launch(arch, completion, rng):
     """launch(entry, grid, block, *args): one kernel of async_copies.cu on a machine with this schedule."""
-    folder = kept_ptx("cccl")
 
     def run(entry, grid, block, *args, shared=0):
-        machine = Machine(arch, completion=completion, seed=3)
-        ptx = compile_cccl("async_copies", arch, folder)
-        return run_ptx(ptx, entry, grid, block, *args, machine=machine, shared=shared)
+        machine = Machine(arch, completion=completion, seed=int(rng.integers(1 << 30)))
+        return run_ptx(kept("async_copies", arch)[0], entry, grid, block, *args, machine=machine, shared=shared)
 
     return run
 

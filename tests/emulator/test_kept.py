@@ -4,16 +4,16 @@ import re
 
 import pytest
 from foreign import installed_triton, kept
-from keep import ARCHITECTURES, CCCL, HERE, KEPT, TRITON, digest, triton_ptx
+from keep import ARCHITECTURES, CCCL, HERE, KEPT, TRITON, digest, triton_programs, triton_ptx, triton_source
 
 SOURCE = {name: HERE / "cccl" / f"{name}.cu" for name in CCCL}
-TRITON_SOURCE = HERE / "triton_programs.py"
-TRITON_PROGRAMS = re.findall(r'^    "(\w+)": \(', TRITON_SOURCE.read_text(), re.MULTILINE)
-FILES = [f"{name}.{arch}" for name in (*CCCL, *TRITON_PROGRAMS) for arch in ARCHITECTURES]
+TRITON_PROGRAMS = triton_programs()
+FILES = [f"{name}.{arch}" for name, arch in (*((n, a) for n in CCCL for a in ARCHITECTURES), *TRITON_PROGRAMS)]
 
 
 def test_every_program_is_kept():
-    assert len(TRITON_PROGRAMS) >= 10
+    assert len({name for name, arch in TRITON_PROGRAMS if arch == "sm_100a"}) >= 10
+    assert len([name for name, _ in TRITON_PROGRAMS if "dot" in name]) >= 6
     assert {path.name for path in KEPT.iterdir()} == {f"{name}.ptx" for name in FILES}
 
 
@@ -23,8 +23,8 @@ def test_it_is_of_the_source_that_is_here(name):
     text, shared = kept(program, arch)
     first = text.split("\n", 1)[0]
     made_by = r"// CCCL [\d.]+, NVRTC 13\.0" if program in CCCL else rf"// Triton {re.escape(TRITON)}"
-    source = digest(SOURCE.get(program, TRITON_SOURCE))
-    assert re.fullmatch(rf"{made_by}, source {source}, shared {shared}", first), "run tests/emulator/keep.py again"
+    source = digest(SOURCE[program] if program in CCCL else triton_source(program))
+    assert re.fullmatch(rf"{made_by}, source {source}(, scratch \d+)?, shared {shared}", first), "run tests/emulator/keep.py again"
     assert f".target {arch}" in text
     assert ".version 9.0" in text
 
@@ -44,7 +44,6 @@ def test_it_names_no_folder_of_a_machine(name):
 
 if installed_triton() == TRITON:
 
-    @pytest.mark.parametrize("arch", ARCHITECTURES)
-    @pytest.mark.parametrize("name", TRITON_PROGRAMS)
+    @pytest.mark.parametrize(("name", "arch"), TRITON_PROGRAMS)
     def test_triton_makes_it_again(name, arch):
         assert triton_ptx(name, arch) == kept(name, arch)[0]

@@ -1,6 +1,7 @@
 """Triton kernels with pipelined products: what Triton makes of `tl.dot` for a Hopper SM, with and without TMA.
 
-`PROGRAMS` says how to compile each: the kernel, the types of its arguments, its constants, warps and stages.
+`PROGRAMS` says how to compile each: the kernel, the types of its arguments, its constants, warps and stages. Pointers
+and 32-bit arguments are multiples of 16, which wide copies need.
 """
 
 from __future__ import annotations
@@ -114,21 +115,22 @@ def dot_split_k(a, b, c, N, K, PART, BM: tl.constexpr, BN: tl.constexpr, BK: tl.
 
 
 _TILE = {"BM": 64, "BN": 64, "BK": 64}
+_WIDE = {"BM": 64, "BN": 64, "BK": 128}
 _SMALL = {"BM": 32, "BN": 32, "BK": 32}  # too small for wgmma: mma.sync
 _BF16, _FP16, _FP8 = "*bf16 *bf16 *fp32", "*fp16 *fp16 *fp32", "*fp8e4nv *fp8e4nv *fp32"
 
 PROGRAMS = {
-    "bf16": (dot_pointers, f"{_BF16} i32 i32 i32", _TILE, 4, 3),
-    "bf16_mma_sync": (dot_pointers, f"{_BF16} i32 i32 i32", _SMALL, 2, 3),
-    "fp16_transposed": (dot_transposed, f"{_FP16} i32 i32 i32", _TILE, 4, 4),
-    "tf32": (dot_pointers, "*fp32 *fp32 *fp32 i32 i32 i32", {"BM": 64, "BN": 32, "BK": 32}, 4, 2),
-    "fp8": (dot_transposed, f"{_FP8} i32 i32 i32", {"BM": 64, "BN": 64, "BK": 128}, 4, 3),
-    "fp8_scaled": (dot_scaled_rows, "*fp8e4nv *fp32 *fp8e4nv *fp32 *fp32 i32 i32", {"BM": 64, "BN": 64, "BK": 128}, 4, 3),
-    "descriptors": (dot_descriptors, "*bf16 *bf16 *bf16 i32 i32 i32", _TILE, 4, 3),
-    "fp8_descriptors": (dot_descriptors, "*fp8e4nv *fp8e4nv *bf16 i32 i32 i32", {"BM": 64, "BN": 64, "BK": 128}, 4, 3),
-    "host_descriptors": (
+    "dot_bf16": (dot_pointers, f"{_BF16} i32 i32 i32", _TILE, 4, 3),
+    "dot_bf16_mma_sync": (dot_pointers, f"{_BF16} i32 i32 i32", _SMALL, 2, 3),
+    "dot_fp16_transposed": (dot_transposed, f"{_FP16} i32 i32 i32", _TILE, 4, 4),
+    "dot_tf32": (dot_pointers, "*fp32 *fp32 *fp32 i32 i32 i32", {"BM": 64, "BN": 32, "BK": 32}, 4, 2),
+    "dot_fp8": (dot_transposed, f"{_FP8} i32 i32 i32", _WIDE, 4, 3),
+    "dot_fp8_scaled": (dot_scaled_rows, "*fp8e4nv *fp32 *fp8e4nv *fp32 *fp32 i32 i32", _WIDE, 4, 3),
+    "dot_descriptors": (dot_descriptors, "*bf16 *bf16 *bf16 i32 i32 i32", _TILE, 4, 3),
+    "dot_fp8_descriptors": (dot_descriptors, "*fp8e4nv *fp8e4nv *bf16 i32 i32 i32", _WIDE, 4, 3),
+    "dot_host_descriptors": (
         dot_host_descriptors, "tensordesc<bf16[64,64]> tensordesc<bf16[64,64]> *fp32 i32 i32", _TILE, 4, 3
     ),
     "attention": (attention, "*bf16 *bf16 *bf16 *fp32 i32 fp32", {"BM": 64, "BN": 64, "D": 64}, 4, 3),
-    "split_k": (dot_split_k, f"{_BF16} i32 i32 i32", _TILE, 8, 3),
+    "dot_split_k": (dot_split_k, f"{_BF16} i32 i32 i32", _TILE, 8, 3),
 }  # fmt: skip
