@@ -46,6 +46,7 @@ class Tiles:
     def __init__(self, pieces: int) -> None:
         self.marks = np.zeros(pieces, np.int64)
         self.copies: list[tuple[int, int]] = [(0, 0)]  # (PTX line, bytes of a row)
+        self.right: dict[tuple[int, int, int, bool], Array] = {}  # marks of a matrix less its first that are in order
 
     def put(self, at: Array, line: int, row_bytes: int) -> None:
         """A copy has written its pieces, row by row, to these places."""
@@ -79,8 +80,15 @@ class Tiles:
             marks = self.marks.take((places + (base + origin)) >> 4)
             if not marks.all():
                 continue
-            wrong = _mn_major(marks) if each.mn_major else _k_major(marks)
             line, row_bytes = self.copies[int(marks[0, 0]) >> _PIECE]
+            form = (each.rows, depth, each.size, each.mn_major)
+            step = marks - marks[0, 0]
+            if np.array_equal(step, self.right.get(form)):
+                wrong = ""
+            else:
+                wrong = _mn_major(marks) if each.mn_major else _k_major(marks)
+                if not wrong:
+                    self.right[form] = step
             if wrong:
                 return line, (
                     f"matrix {each.name} is not what its descriptor (swizzle {d.swizzle} B, leading offset {d.leading:#x}, "
