@@ -22,8 +22,9 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
-from dsv4_rt.emulator import atomics, tensormap
+from dsv4_rt.emulator import tensormap
 from dsv4_rt.emulator.async_ import Op, Span
+from dsv4_rt.emulator.copies import reduce
 from dsv4_rt.emulator.descriptors import swizzle
 from dsv4_rt.emulator.memory import SHARED_FIRST, LaneFault
 from dsv4_rt.emulator.tensormap import SWIZZLES, TileMap
@@ -336,11 +337,7 @@ def _put(batch: Batch, m: TileMap, tile: Tile, data: Array, op: str) -> None:
         return
     view, part = _view(batch, tile, True), data[tile.inside]
     if op:
-        width = np.dtype(f"u{m.bits // 8}")
-        old, new = (np.ascontiguousarray(each).view(width).reshape(-1) for each in (view, part))
-        ftz = m.dtype == "f32"  # as atomics on global memory do
-        kind = "add.raw" if m.dtype == "f64" else op
-        part = atomics.apply(kind, m.dtype, old, (new,), ftz).astype(width).view(np.uint8).reshape(part.shape)
+        part = reduce(op, m.dtype, view, part, True).reshape(part.shape)
     view[...] = part
     batch.memory.mark_written(tile.first, tile.nbytes)
     batch.memory.version += 1
