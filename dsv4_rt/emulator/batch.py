@@ -31,6 +31,7 @@ from dsv4_rt.emulator.ir import (
     is_cluster_wait,
     is_wait,
     is_warp_sync,
+    is_warpgroup_sync,
     sync_mask,
 )
 from dsv4_rt.emulator.mbarrier import Mbarriers
@@ -38,6 +39,7 @@ from dsv4_rt.emulator.memory import LOCAL_FIRST, LaneFault, LaneMemory
 from dsv4_rt.emulator.races import Races, RacyGeneric, RacyShared
 from dsv4_rt.emulator.report import LaunchReport, Triple, fault, where
 from dsv4_rt.emulator.watched import WatchedMemory
+from dsv4_rt.emulator.wgmma import Warpgroups
 from dsv4_rt.errors import Deadlock, EmulatorError, KernelFault, UnsupportedInstruction
 
 if TYPE_CHECKING:
@@ -153,6 +155,7 @@ class Batch:
         self.local = LaneMemory("local", self.nlanes, program.entry.frame_size + program.local_bytes, LOCAL_FIRST)
         self.engine = Engine(self, machine.completion, machine.dice)
         self.mbarriers = Mbarriers(self)
+        self.warpgroups = Warpgroups(self)
         self.generic: RacyGeneric = RacyGeneric(self.memory, self.shared, self.local)
         self.shared_base = self.shared.bases(self.cta)
         self.local_base = self.local.bases(self.all)
@@ -243,16 +246,6 @@ class Batch:
         if not flags.all():
             raise LaneFault(f"register {name} becomes {use}, but no instruction has set it", np.nonzero(~flags)[0])
 
-    def whole_warps(self, lanes: Array, what: str) -> None:
-        """An .aligned instruction: all threads of a warp that have not exited execute it together."""
-        here = collective.warp_bits(self.nlanes, lanes)
-        living = collective.warp_bits(self.nlanes, np.nonzero(self.alive)[0])
-        warp = lanes >> 5
-        split = np.nonzero(here[warp] != living[warp])[0]
-        if len(split):
-            missing = int(living[warp[split[0]]] & ~here[warp[split[0]]])
-            raise LaneFault(f"{what}: lanes {missing:#010x} of the warp do not execute it with the others", split)
-
     def sleep(self) -> None:
         self.naps += 1
 
@@ -283,6 +276,10 @@ class Batch:
             return
         if is_wait(block.sync):
             self._wait(key, block.sync, group)
+            return
+        if is_warpgroup_sync(block.sync):
+            self._merge(self.parked, key, group)
+            self._let_go(key, self.warpgroups.complete(self.parked[key].lanes))
             return
         if is_warp_sync(block.sync):
             if group.dense and key not in self.parked and block.sync.op not in ("bar", "barrier"):
@@ -819,6 +816,8 @@ class Batch:
             here = int(collective.warp_bits(self.nlanes, group.lanes)[lane >> 5])
             living = int(collective.warp_bits(self.nlanes, np.nonzero(self.alive)[0])[lane >> 5])
             return [f"    its mask {mask:#010x} names lanes that are elsewhere: {mask & living & ~here:#010x}"]
+        if is_warpgroup_sync(sync):
+            return ["    all 128 threads of a warpgroup, four warps from a multiple of four on, must come here"]
         same = (self.cta == self.cta[lane]) & (self.at_barrier == self.at_barrier[lane])
         want = int(self.wants[lane]) or int(np.count_nonzero(self.alive & (self.cta == self.cta[lane])))
         came = int(np.count_nonzero(same)) + int(self.arrived[self.cta[lane], self.at_barrier[lane]])

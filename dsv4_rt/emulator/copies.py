@@ -191,6 +191,9 @@ def bulk_remote(
 
     def one(i: int, lane: Array, nbytes: int) -> None:
         _multiple_of_16(what, 0, nbytes)
+        if batch.clusters is None:
+            why = "to shared::cluster from shared memory is an illegal instruction in a launch without clusters"
+            raise LaneFault(f"{what} {why}; launch with a cluster, if only of one CTA", np.zeros(1, I64))
         ((target, position),) = shared_targets(batch, lane, to[i : i + 1], barrier[i : i + 1], nbytes, None, i, what)
         span = _source(batch, lane, source[i : i + 1], nbytes, what)
 

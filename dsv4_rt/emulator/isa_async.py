@@ -182,4 +182,4 @@ def _set_registers(e: Emitter, ins: Instr, m: Mods) -> None:
     count = ins.args[0]
     if not isinstance(count, Number) or count.value % 8 or not 24 <= count.value <= 256:
         raise m.refuse(f"setmaxnreg: {ins.text}: the count must be a multiple of 8 from 24 to 256")
-    e.emit(f"B.whole_warps({e.lanes}, {ins.name!r})")
+    e.emit("B.races.meet(L)")

@@ -112,10 +112,13 @@ def _accumulator(ty: str, bits: Array) -> Array:
     return found.astype(F64)
 
 
-def _exponents(values: Array, ty: str) -> Array:
+def _exponents(bits: Array, ty: str) -> Array:
     """The exponents of accumulators, I32; a subnormal has the least normal one."""
-    found = (values.view(I64) >> 52 & 0x7FF).astype(I32) - 1023
-    return np.where(values == 0, _NEVER, np.maximum(found, -14 if ty == "f16" else -126))
+    word = bits.astype(I32) if ty == "f16" else bits.view(I32)
+    shift, field, bias = (10, 31, 15) if ty == "f16" else (23, 255, 127)
+    found = np.maximum(word >> shift & field, 1) - bias
+    found[word & (1 << shift + field.bit_length()) - 1 == 0] = _NEVER
+    return np.asarray(found)
 
 
 def _power(exponent: Array) -> Array:
@@ -123,26 +126,30 @@ def _power(exponent: Array) -> Array:
     return ((exponent.astype(I64) + 1023) << 52).view(F64)
 
 
-def dot(a: Array, b: Array, c: Array, types: tuple[str, str, str], unit: Unit = MMA) -> Array:
+def dot(
+    a: Array, b: Array, c: Array, types: tuple[str, str, str], unit: Unit = MMA, negative: bool = False
+) -> Array:
     """d = a b + c of one unit's sum.
 
     Args:
         a: [K, M, X] bits of the first type; X is anything, such as warps.
         b: [K, N, X] bits of the second type.
         c: [M, N, X] bits of the accumulator's type, f32 or f16.
+        negative: subtract the products instead.
 
     Returns:
         d: [M, N, X] bits of the accumulator's type.
     """
     (va, ea), (vb, eb) = _numbers(types[0], a), _numbers(types[1], b)
     vc = _accumulator(types[2], c)
+    va = -va if negative else va
     special = None
     if not (np.isfinite(va).all() and np.isfinite(vb).all() and np.isfinite(vc).all()):
         product = np.matmul(np.moveaxis(va, (0, 1, 2), (2, 1, 0)).astype(F64), np.moveaxis(vb, 2, 0).astype(F64))
         total = np.moveaxis(product, 0, 2) + vc
         special = np.where(np.isfinite(total), 0.0, total)
         va, vb, vc = (np.where(np.isfinite(v), v, v.dtype.type(0)) for v in (va, vb, vc))
-    ec = _exponents(vc, types[2])
+    ec = _exponents(c, types[2])
     total = _sum_in_words(va, vb, vc, ea, eb, ec, unit)
     if total is None:
         total = _sum_in_doubles(va, vb, vc, ea, eb, ec, unit)
@@ -154,7 +161,8 @@ def _sum_in_words(
 ) -> Array | None:
     """The truncated sum with products in fp32 and addends in 32-bit words; None where exponents are too far out.
 
-    Each product is exact in fp32, scaled by a power of two and cut to a word by the conversion. The largest exponent is
+    Each product is exact in fp32, scaled by a power of two and cut to a word by the conversion; at most 16 of them are
+    below 2^27 each, and with 8 bits a factor 32 below 2^15, so that their sum fits a word. The largest exponent is
     found by a matrix product of eighth powers: the sum of at most 128 of them has the exponent of the largest, times 8.
     """
     if va.shape[0] > 32:
@@ -188,7 +196,7 @@ def _sum_in_words(
         np.multiply(va[:, some, None], vb[:, None], out=p)
         np.multiply(p, scale[some], out=p)
         np.copyto(w, p, casting="unsafe")
-        total[some] += np.add.reduce(w, axis=0)
+        total[some] += np.add.reduce(w, axis=0, dtype=I32)
     return np.asarray(total * _power(largest - fraction))
 
 

@@ -44,7 +44,7 @@ class AsyncForm:
 
 def source(form: AsyncForm) -> str:
     """The CUDA text of a form."""
-    return f"""{PRELUDE}{WRAPPERS}
+    return f"""{PRELUDE}{WRAPPERS}{STEPS}
 extern "C" __global__ void {form.attributes} form(const u8* x, u8* y) {{
     __shared__ alignas(128) u8 tile[{OUT}];
     __shared__ u64 bar;
@@ -62,10 +62,11 @@ def inputs(form: AsyncForm, seed: int = SEED) -> np.ndarray:
     return np.ascontiguousarray(form.make(np.random.default_rng([seed, zlib.crc32(form.name.encode())])))
 
 
-DUMP = "__syncthreads(); for (u32 i = t; i < {n}; i += blockDim.x) y[i] = tile[i];".format(n=OUT)
+DUMP = f"__syncthreads(); for (u32 i = t; i < {OUT}; i += blockDim.x) y[i] = tile[i];"
 
 
 # cp.async: 128 threads; word t of the input is the source size, the data follow.
+
 
 def _sizes(size: int) -> Callable[[np.random.Generator], np.ndarray]:
     def make(rng: np.random.Generator) -> np.ndarray:
@@ -82,7 +83,8 @@ def _copies() -> list[AsyncForm]:
         copy<{size}>(tile + (127 - t) * {size}, x + 512 + t * {size}, length);
         copy_commit(); copy_wait<0>(); {DUMP}"""
         found.append(AsyncForm(f"cp.async/{size} bytes, zero fill", body, 128, _sizes(size)))
-    ignore = """asm volatile("{\\n.reg .pred P;\\nsetp.ne.u32 P, %2, 0;\\ncp.async.ca.shared.global [%0], [%1], 4, P;\\n}"
+    ignore = """asm volatile("{\\n.reg .pred P;\\nsetp.ne.u32 P, %2, 0;\\n"
+        "cp.async.ca.shared.global [%0], [%1], 4, P;\\n}"
         :: "r"(smem(tile + t * 4)), "l"(x + 512 + t * 4), "r"(((const u32*)x)[t]) : "memory");"""
     found.append(AsyncForm("cp.async/ignore-src", f"{ignore} copy_commit(); copy_wait<0>(); {DUMP}", 128, _sizes(4)))
     for noinc in ("", ".noinc"):
@@ -99,6 +101,7 @@ def _copies() -> list[AsyncForm]:
 
 # Bulk copies: 16 of them at random places that do not overlap; words (source, destination, size) / 16 precede the data.
 
+
 def _places(rng: np.random.Generator) -> np.ndarray:
     cuts = np.sort(rng.choice(np.arange(1, OUT // 16), 15, replace=False))
     starts = np.concatenate([[0], cuts])
@@ -106,7 +109,8 @@ def _places(rng: np.random.Generator) -> np.ndarray:
     size = np.array([rng.integers(0, r + 1) for r in room])
     source = np.array([rng.integers(0, OUT // 16 - s + 1) for s in size])
     table = np.stack([source, starts, size], axis=1).astype(np.uint32) * 16
-    return np.concatenate([table.reshape(-1).view(np.uint8), np.zeros(64, np.uint8), rng.integers(0, 256, OUT, np.uint8)])
+    data = rng.integers(0, 256, OUT, np.uint8)
+    return np.concatenate([table.reshape(-1).view(np.uint8), np.zeros(64, np.uint8), data])
 
 
 EACH = """const u32* table = (const u32*)x; const u8* data = x + 256;
@@ -116,16 +120,17 @@ EACH = """const u32* table = (const u32*)x; const u8* data = x + 256;
 
 def _bulk() -> list[AsyncForm]:
     load = "bar_expect_more(&bar, n); bulk_load(tile + to, data + from, n, &bar);"
-    fill = "for (u32 i = t; i < {n}; i += blockDim.x) tile[i] = x[256 + i]; fence_async(); __syncthreads();".format(n=OUT)
+    fill = f"for (u32 i = t; i < {OUT}; i += blockDim.x) tile[i] = x[256 + i]; fence_async(); __syncthreads();"
     store = EACH.format(call="bulk_store(y + to, tile + from, n);", end="bulk_commit(); bulk_wait<0>();")
-    inside = "bar_expect_more(&bar, n); bulk_copy(half + (to / 2 & ~15u), tile + (from / 2 & ~15u), n / 2 & ~15u, &bar);"
+    inside = """u32 half_n = n / 2 & ~15u; bar_expect_more(&bar, half_n);
+        bulk_copy(half + (to / 2 & ~15u), tile + (from / 2 & ~15u), half_n, &bar);"""
     return [
         AsyncForm("cp.async.bulk/global to shared",
                   EACH.format(call=load, end="bar_arrive(&bar);") + "bar_wait(&bar, 0);" + DUMP, 64, _places),
         AsyncForm("cp.async.bulk/shared to global", fill + store, 64, _places),
         AsyncForm("cp.async.bulk/shared to shared::cluster",
                   fill + "u8* half = tile + 8192;" + EACH.format(
-                      call=inside.replace("&bar, n)", "&bar, n / 2 & ~15u)"), end="bar_arrive(&bar);")
+                      call=inside, end="bar_arrive(&bar);")
                   + "bar_wait(&bar, 0);" + DUMP, 64, _places, CLUSTER),
     ]  # fmt: skip
 
@@ -185,32 +190,8 @@ def _reductions() -> list[AsyncForm]:
 
 OPS = ("arrive", "arrive.noComplete", "arrive_drop", "expect_tx", "complete_tx", "arrive.expect_tx", "inval and init",
        "arrive_drop.noComplete", "arrive_drop.expect_tx")  # fmt: skip
-INTERPRETER = """
-    if (t != 0) return;
-    const u32* steps = (const u32*)x; u32* log = (u32*)y;
-    u32 b = smem(&bar); u64 s = 0;
-#define STATE(form, ...) asm volatile("mbarrier." form ".shared::cta.b64 %0, [%1], %2;" : "=l"(s) : "r"(b), "r"(n) : "memory")
-#define PLAIN(form) asm volatile("mbarrier." form ".shared::cta.b64 [%0], %1;" :: "r"(b), "r"(n) : "memory")
-    for (u32 i = 0; i < 512; ++i) {
-        u32 op = steps[2 * i], n = steps[2 * i + 1], pending = 0xffffffff;
-        if (op == 0) STATE("arrive");
-        if (op == 1) STATE("arrive.noComplete");
-        if (op == 2) STATE("arrive_drop");
-        if (op == 3) asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" :: "r"(b), "r"(n) : "memory");
-        if (op == 4) asm volatile("mbarrier.complete_tx.relaxed.cta.shared::cta.b64 [%0], %1;" :: "r"(b), "r"(n) : "memory");
-        if (op == 5) STATE("arrive.expect_tx");
-        if (op == 6) { bar_inval(&bar); bar_init(&bar, n); }
-        if (op == 7) STATE("arrive_drop.noComplete");
-        if (op == 8) STATE("arrive_drop.expect_tx");
-        u32 answers = bar_test(&bar, 0) | bar_test(&bar, 1) << 1;
-        if (op == 1 || op == 7) asm volatile("mbarrier.pending_count.b64 %0, %1;" : "=r"(pending) : "l"(s));
-        if (op != 3 && op != 4 && op != 6) {
-            u32 p; asm volatile("{\\n.reg .pred P;\\nmbarrier.test_wait.shared::cta.b64 P, [%1], %2;\\nselp.u32 %0, 4, 0, P;\\n}"
-                                : "=r"(p) : "r"(b), "l"(s) : "memory");
-            answers |= p;
-        }
-        log[2 * i] = answers; log[2 * i + 1] = pending;
-    }"""
+STEPS = Path(__file__).with_name("mbarrier_steps.cuh").read_text()
+INTERPRETER = "if (t == 0) mbarrier_steps(&bar, (const u32*)x, (u32*)y);"
 
 
 def _steps(rng: np.random.Generator) -> np.ndarray:

@@ -89,13 +89,14 @@ def main() -> int:
         wrong = [c for c in COMPLETIONS if not np.array_equal(on_emulator(form, c), gpu[form.name])]
         count[form.family] += 1
         if wrong:
-            got = on_emulator(form, wrong[0])
-            at = int(np.nonzero(got != gpu[form.name])[0][0])
-            different = np.count_nonzero(got != gpu[form.name])
-            lines.append(f"DIFFERENT {form.name} ({', '.join(wrong)}): {different} bytes, first at {at}: "
-                         f"{got[at & ~7 : at + 8].tobytes().hex()} for {gpu[form.name][at & ~7 : at + 8].tobytes().hex()}")  # fmt: skip
+            got, want = on_emulator(form, wrong[0]), gpu[form.name]
+            at = np.nonzero(got != want)[0]
+            first = slice(at[0], at[0] + 8)
+            bits = f"{got[first].tobytes().hex()} for {want[first].tobytes().hex()}"
+            lines.append(f"DIFFERENT {form.name} ({', '.join(wrong)}): {len(at)} bytes, first at {at[0]}: {bits}")
+    made = f"{conditions['machine']}, driver {conditions['driver']}, {conditions['date']}, commit {args.commit}"
     head = (
-        f"{conditions['machine']}, driver {conditions['driver']}, {conditions['date']}, commit {args.commit}; seed {SEED}\n"
+        f"{made}; seed {SEED}\n"
         f"{len(forms)} programs, each on the emulator under {', '.join(COMPLETIONS)}: "
         f"{len(forms) - len(lines)} equal byte for byte, {len(lines)} different\n"
     )

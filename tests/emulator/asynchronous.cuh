@@ -14,6 +14,9 @@ __device__ bool bar_test(u64* b, u32 parity) {
 __device__ bool bar_try(u64* b, u64 state) {
     u32 r; asm volatile("{\n .reg .pred P;\n mbarrier.try_wait.shared::cta.b64 P, [%1], %2;\n selp.u32 %0, 1, 0, P;\n}" : "=r"(r) : "r"(smem(b)), "l"(state) : "memory"); return r;
 }
+__device__ u32 bar_test_state(u64* b, u64 state) {
+    u32 r; asm volatile("{\n .reg .pred P;\n mbarrier.test_wait.shared::cta.b64 P, [%1], %2;\n selp.u32 %0, 1, 0, P;\n}" : "=r"(r) : "r"(smem(b)), "l"(state) : "memory"); return r;
+}
 __device__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ void fence_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ void bulk_load(void* to, const void* from, u32 bytes, u64* b) {
