@@ -190,7 +190,10 @@ def load(
                 targets = [(each, each) for each in _named(batch, int(lanes[i]), int(masks[i]))]
             spans, barriers = [], []
             for each, home in targets:
+                if batch.clusters is not None:
+                    batch.clusters.touch(lanes[one], np.array([each]), line)
                 at = batch.mbarriers.position(home, int(bar))
+                batch.mbarriers.find(at, lanes[one], slice(None), KIND)
                 spans += [Span(each, start + lo, start + hi) for lo, hi in where.runs]
                 barriers += [(at, 0)] * (len(where.runs) - 1) + [(at, m.transaction_bytes)]
 
@@ -311,8 +314,6 @@ def _places(batch: Batch, cta: int, start: int, where: Chunks) -> Array:
 
 
 def _fill(batch: Batch, cta: int, start: int, where: Chunks, data: Array) -> None:
-    if batch.clusters is not None:
-        batch.clusters.check_alive(cta)
     at, shared = _places(batch, cta, start, where), batch.shared
     shared.views[3].reshape(-1, 2)[at] = data.reshape(-1).view(np.uint64).reshape(-1, 2)
     shared.written[3].reshape(-1, 2)[at] = _FULL
