@@ -604,6 +604,8 @@ class Batch:
             ins, _ = self._origin(error, code.lines, lanes)
             place = where(self.program.ptx, ins, self.machine.source_roots)
             raise UnsupportedInstruction(f"{self.program.entry.name}: {error}{place}") from None
+        except KernelFault:
+            raise  # of an asynchronous operation that ran at once
         except Exception as error:
             ins, _ = self._origin(error, code.lines, lanes)
             place = where(self.program.ptx, ins, self.machine.source_roots)
@@ -645,12 +647,12 @@ class Batch:
                 self._return(key, int(to), group.lanes[back == to])
         elif block.kind in ("ret", "exit"):
             self.alive[group.lanes] = False
-            if not self.alive.any():
-                self.engine.drain()
             if self.clusters is not None:
                 wrong = self.clusters.exited(group.lanes)
                 if wrong is not None:
                     raise self.fault(wrong[0], block.end, group.lanes[self.cta[group.lanes] == wrong[1]])
+            if not self.alive.any():
+                self.engine.drain()
             self.check_parked = bool(self.parked)
             if self.parked:
                 self._recheck()

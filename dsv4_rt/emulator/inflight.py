@@ -104,7 +104,7 @@ class Flight:
         self.views: tuple[Array, ...] = ()
         self.fenced: Array = np.zeros(0, I64)  # record of the fence that served a word
         self.proxied = batch.program.proxied
-        if self.proxied:  # stores before the first operation wait for a fence, too
+        if self.proxied:  # stores before the first operation need a fence too
             self.start()
 
     def start(self) -> None:

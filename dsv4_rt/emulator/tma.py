@@ -22,8 +22,9 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
-from dsv4_rt.emulator import atomics, tensormap
+from dsv4_rt.emulator import tensormap
 from dsv4_rt.emulator.async_ import Op, Span
+from dsv4_rt.emulator.copies import reduce
 from dsv4_rt.emulator.descriptors import swizzle
 from dsv4_rt.emulator.memory import SHARED_FIRST, LaneFault
 from dsv4_rt.emulator.tensormap import SWIZZLES, TileMap
@@ -38,6 +39,7 @@ PATTERN = 1024  # bytes after which every swizzle repeats
 NAN_FILL = 0x7FF7  # in every 16 bits
 MAX_SPANS = 64  # more separate stretches of a tile are told to the checks as one
 _FULL = np.uint64(0x0101010101010101)  # "written" flags of 8 bytes
+CHUNK = np.complex128  # 16 bytes that NumPy moves as one; nobody computes with them
 # Reduction -> element types it takes; the rest stops an H200 with an illegal instruction.
 REDUCTIONS: dict[str, tuple[str, ...]] = {
     "add": ("u32", "s32", "u64", "f16", "bf16", "f32", "f64"),
@@ -54,6 +56,7 @@ class Chunks:
     at: Array
     runs: tuple[tuple[int, int], ...]  # contiguous byte ranges [lo, hi)
     end: int  # the last byte + 1
+    whole: bool  # the ranges have no holes
 
 
 @lru_cache(maxsize=1024)
@@ -65,11 +68,12 @@ def chunks(rows: int, row_bytes: int, width: int, start: int) -> Chunks:
     at.flags.writeable = False
     order = np.sort(at)
     breaks = np.nonzero(np.diff(order) != 1)[0]
-    if len(breaks) >= MAX_SPANS:
+    whole = len(breaks) < MAX_SPANS
+    if not whole:
         breaks = breaks[:0]
     first = order[np.concatenate([[0], breaks + 1])] * 16
     last = order[np.concatenate([breaks, [len(order) - 1]])] * 16 + 16
-    return Chunks(at, tuple(zip(first.tolist(), last.tolist(), strict=True)), int(order[-1]) * 16 + 16)
+    return Chunks(at, tuple(zip(first.tolist(), last.tolist(), strict=True)), int(order[-1]) * 16 + 16, whole)
 
 
 @dataclass(frozen=True)
@@ -178,18 +182,18 @@ def load(
             m = map_at(batch, int(tensor[i]), len(coords))
             tile = clip(m, _signed(coords, i))
             if tile.nbytes:
-                _view(batch, tile, False)
-            (cta,), (offset,) = engine.locate(lanes[one], to[one], 1, 128, False, f"{KIND} destination")
-            where = chunks(m.rows, m.row_bytes, SWIZZLES[m.swizzle], int(offset) % PATTERN)
-            start = int(offset) - int(offset) % PATTERN
-            engine.locate(lanes[one], to[one], start + where.end - int(offset), 128, False, f"{KIND} destination")
+                batch.memory.span(tile.first, tile.nbytes, False)
+            cta, start, where = _locate(batch, lanes[one], to[one], m, f"{KIND} destination")
             (owner,), (bar,) = engine.locate(lanes[one], barrier[one], 8, 8, False, f"{KIND} mbarrier")
-            targets = [(int(cta), int(owner))]
+            targets = [(cta, int(owner))]
             if masks is not None:
                 targets = [(each, each) for each in _named(batch, int(lanes[i]), int(masks[i]))]
             spans, barriers = [], []
             for each, home in targets:
+                if batch.clusters is not None:
+                    batch.clusters.touch(lanes[one], np.array([each]), line)
                 at = batch.mbarriers.position(home, int(bar))
+                batch.mbarriers.find(at, lanes[one], slice(None), KIND)
                 spans += [Span(each, start + lo, start + hi) for lo, hi in where.runs]
                 barriers += [(at, 0)] * (len(where.runs) - 1) + [(at, m.transaction_bytes)]
 
@@ -220,14 +224,11 @@ def store(
                 raise _fault(f"{REDUCE}.{op} of {m.dtype}; it takes {', '.join(REDUCTIONS[op])}")
             tile = clip(m, _signed(coords, i), True)
             if tile.nbytes:
-                _view(batch, tile, True)
-            (cta,), (offset,) = engine.locate(lanes[one], source[one], 1, 128, False, f"{kind} source")
-            where = chunks(m.rows, m.row_bytes, SWIZZLES[m.swizzle], int(offset) % PATTERN)
-            start = int(offset) - int(offset) % PATTERN
-            engine.locate(lanes[one], source[one], start + where.end - int(offset), 128, False, f"{kind} source")
-            spans = [Span(int(cta), start + lo, start + hi) for lo, hi in where.runs]
+                batch.memory.span(tile.first, tile.nbytes, True)
+            cta, start, where = _locate(batch, lanes[one], source[one], m, f"{kind} source")
+            spans = [Span(cta, start + lo, start + hi) for lo, hi in where.runs]
 
-            def read(cta: int = int(cta), start: int = start, where: Chunks = where, tile: Tile = tile) -> Array:
+            def read(cta: int = cta, start: int = start, where: Chunks = where, tile: Tile = tile) -> Array:
                 return _take(batch, cta, start, where, tile)
 
             def write(data: Array, m: TileMap = m, tile: Tile = tile) -> None:
@@ -289,6 +290,18 @@ def map_at(batch: Batch, address: int, rank: int) -> TileMap:
     return m
 
 
+def _locate(batch: Batch, lane: Array, address: Array, m: TileMap, what: str) -> tuple[int, int, Chunks]:
+    """(CTA of the batch, shared offset of the pattern's start, chunks) of a lane's tile in shared memory."""
+    (cta,), (offset,) = batch.engine.locate(lane, address, 1, 128, False, what)
+    inside = int(offset) % PATTERN
+    where = chunks(m.rows, m.row_bytes, SWIZZLES[m.swizzle], inside)
+    start = int(offset) - inside
+    if start + where.end > SHARED_FIRST + batch.shared.size:
+        size = start + where.end - int(offset)
+        batch.engine.locate(lane, address, size, 128, False, what)  # says what is out of bounds
+    return int(cta), start, where
+
+
 def _named(batch: Batch, lane: int, mask: int) -> list[int]:
     """The CTAs of the batch that a multicast mask names."""
     size = batch.cluster_size
@@ -310,11 +323,14 @@ def _places(batch: Batch, cta: int, start: int, where: Chunks) -> Array:
 
 
 def _fill(batch: Batch, cta: int, start: int, where: Chunks, data: Array) -> None:
-    if batch.clusters is not None:
-        batch.clusters.check_alive(cta)
-    at, shared = _places(batch, cta, start, where), batch.shared
-    shared.views[3].reshape(-1, 2)[at] = data.reshape(-1).view(np.uint64).reshape(-1, 2)
-    shared.written[3].reshape(-1, 2)[at] = _FULL
+    shared = batch.shared
+    shared.views[3].view(CHUNK)[_places(batch, cta, start, where)] = data.reshape(-1).view(CHUNK)
+    begin = cta * shared.stride + start - SHARED_FIRST
+    if where.whole:
+        for lo, hi in where.runs:
+            shared.written[3][begin + lo >> 3 : begin + hi >> 3] = _FULL
+    else:
+        shared.written[3].reshape(-1, 2)[_places(batch, cta, start, where)] = _FULL
     shared.version += 1
 
 
@@ -322,12 +338,12 @@ def _take(batch: Batch, cta: int, start: int, where: Chunks, tile: Tile) -> Arra
     """The bytes of a box from shared memory; those that go somewhere must have been written."""
     at, shared = _places(batch, cta, start, where), batch.shared
     if tile.nbytes:
-        flags = shared.written[3].reshape(-1, 2)[at]
+        flags = shared.written[3].view(CHUNK)[at].view(np.uint64)
         if not bool((flags == _FULL).all()):
             missing = flags.view(np.uint8).reshape(tile.box)[tile.inside] == 0
             if missing.any():
                 raise _fault(f"{KIND} reads uninitialised shared memory: {int(missing.sum())} bytes of its tile")
-    found: Array = shared.views[3].reshape(-1, 2)[at].view(np.uint8).reshape(tile.box)
+    found: Array = shared.views[3].view(CHUNK)[at].view(np.uint8).reshape(tile.box)
     return found
 
 
@@ -336,11 +352,7 @@ def _put(batch: Batch, m: TileMap, tile: Tile, data: Array, op: str) -> None:
         return
     view, part = _view(batch, tile, True), data[tile.inside]
     if op:
-        width = np.dtype(f"u{m.bits // 8}")
-        old, new = (np.ascontiguousarray(each).view(width).reshape(-1) for each in (view, part))
-        ftz = m.dtype == "f32"  # as atomics on global memory do
-        kind = "add.raw" if m.dtype == "f64" else op
-        part = atomics.apply(kind, m.dtype, old, (new,), ftz).astype(width).view(np.uint8).reshape(part.shape)
+        part = reduce(op, m.dtype, view, part, True).reshape(part.shape)
     view[...] = part
     batch.memory.mark_written(tile.first, tile.nbytes)
     batch.memory.version += 1

@@ -1,10 +1,15 @@
 """Tensor copies: the emulator against NumPy on fresh cases, and against what an H200 returned for recorded ones."""
 
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tiles
-from tiles import MULTICASTS, cases, exact_in_numpy, expected, rows, run
+from tiles import MULTICASTS, cases, digest, exact_in_numpy, expected, names, rows, run
+
+import dsv4_rt
 
 CASES = cases()
 PER_TEST = 60
@@ -41,3 +46,35 @@ def test_multicast_gives_every_tile_to_the_named_ctas(device, size, mask, swizzl
                     to = at ^ ((at >> 7) & (tiles.SWIZZLES[swizzle] // 16 - 1)) << 4 if swizzle != "none" else at
                     want[to : to + 16] = source[16 * chunk : 16 * chunk + 16]
         assert np.array_equal(tile, want), cta
+
+
+RECORD = Path(__file__).with_name("results").joinpath("tma.json")
+
+
+@pytest.mark.parametrize("chunk", range(0, len(CASES), PER_TEST))
+def test_equals_the_recorded_hardware(chunk):
+    record = json.loads(RECORD.read_text())["digests"]
+    found = dict(list(zip(names(CASES), CASES, strict=True))[chunk : chunk + PER_TEST])
+    emulator = dsv4_rt.open_device("emulator:sm_90a")
+    with dsv4_rt.use_device(emulator):
+        different = [name for name, c in found.items() if digest(run(c, emulator)) != record[name]]
+    assert not different, f"{len(different)} of {len(found)} copies differ from the H200's: {', '.join(different)}"
+
+
+def test_multicast_equals_the_recorded_hardware(emulator):
+    record = json.loads(RECORD.read_text())["digests"]
+    for each in MULTICASTS:
+        assert digest(rows(emulator, *each)[1]) == record["multicast " + " ".join(map(str, each))], each
+
+
+def test_one_wrong_byte_changes_a_digest(emulator):
+    got = run(CASES[0], emulator)
+    got[123] ^= 1
+    assert digest(got) != json.loads(RECORD.read_text())["digests"][names(CASES)[0]]
+
+
+def test_the_record_covers_the_cases():
+    record = json.loads(RECORD.read_text())
+    assert set(names(CASES)) <= set(record["digests"])
+    assert len(record["digests"]) == len(CASES) + len(MULTICASTS)
+    assert "H200" in record["machine"]

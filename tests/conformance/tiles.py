@@ -68,18 +68,21 @@ class Case:
         extent = self.size + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
         tensor = rng.integers(0, 256, -(-extent // 256) * 256 + 256, np.uint8)
         shared = rng.integers(0, 256, BYTES, np.uint8)
-        if self.op in ("add", "min", "max") and self.dtype in FLOATS:  # of like sizes, so that sums round and compare
-            tensor, shared = (_floats(rng, len(each), self.dtype) for each in (tensor, shared))
+        if self.op in ("add", "min", "max") and self.dtype in FLOATS:
+            tensor, shared = (_floats(rng, each, self.dtype) for each in (tensor, shared))
         return tensor, shared
 
 
-def _floats(rng: np.random.Generator, nbytes: int, dtype: str) -> np.ndarray:
-    width = DTYPES[dtype] // 8
-    values = rng.standard_normal(nbytes // width) * 2.0 ** rng.integers(-6, 7, nbytes // width)
-    values[:: 17] = rng.choice([0.0, -0.0, np.inf, -np.inf, 1e-40, -1e-7], len(values[::17]))
-    if dtype == "bf16":
-        return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
-    return values.astype({"f16": np.float16, "f32": np.float32, "f64": np.float64}[dtype]).view(np.uint8)
+def _floats(rng: np.random.Generator, memory: np.ndarray, dtype: str) -> np.ndarray:
+    """Random bits, a third of them of one size, so that sums round, and a third subnormal or nearly so."""
+    bits, fraction = DTYPES[dtype], {"f16": 10, "bf16": 7, "f32": 23, "f64": 52}[dtype]
+    words = memory.view(f"u{bits // 8}").copy()
+    word = words.dtype.type
+    rest, sign = word((1 << fraction) - 1), word(1 << bits - 1)
+    pick = rng.integers(0, 3, len(words))
+    near = words & (rest | sign) | word((1 << bits - 2) - (1 << fraction)) + (words >> word(bits - 3) << word(fraction))
+    tiny = words & (rest | sign | word(1 << fraction))
+    return np.where(pick == 0, words, np.where(pick == 1, near, tiny)).view(np.uint8)
 
 
 def case(rng: np.random.Generator, op: str = "", dtype: str = "") -> Case:
