@@ -1,7 +1,8 @@
 """Tensor-core sums and fragments: what mma.sync and wgmma compute, bit for bit as an H200 does.
 
 A unit adds L products and the accumulator at once. With e the largest exponent among the addends (a product's is the
-sum of its factors' exponents, before normalising; a subnormal has the least normal exponent; zeros have none),
+sum of its factors' exponents, before normalising; a subnormal has the least normal exponent; zeros have none), at least
+-133,
 
     d = round(sum_i trunc(a_i b_i 2^(F-e)) + trunc(c 2^(F-e))) 2^(e-F)
 
@@ -43,6 +44,7 @@ F32, F64, I16, I32, I64, U16, U32, U64 = (
 BYTES = {"f16": 2, "bf16": 2, "tf32": 4, "e4m3": 1, "e5m2": 1, "s8": 1, "u8": 1, "f32": 4, "s32": 4, "f64": 8}
 _NAN = {"f32": 0x7FFFFFFF, "f16": 0x7FFF}
 _NEVER = -4096  # the exponent of zero
+_LEAST = -133  # no unit aligns to a smaller exponent: seen on an H200, where the accumulator is zero
 _CHUNK = 1 << 16  # products at a time: their arrays stay in a core's cache
 
 
@@ -205,7 +207,7 @@ def _sum_in_doubles(va: Array, vb: Array, vc: Array, ea: Array, eb: Array, ec: A
     wide_a, wide_b = va.astype(F64), vb.astype(F64)
     for i in range(m):
         largest = np.maximum((ea[:, i, None] + eb).max(axis=0).astype(I32), ec[i])
-        largest = np.maximum(largest, -300)
+        largest = np.maximum(largest, _LEAST)
         scale = _power(fraction - largest)
         words = np.trunc(wide_a[:, i, None] * wide_b * scale).sum(axis=0) + np.trunc(vc[i] * scale)
         total[i] = words * _power(largest - fraction)
