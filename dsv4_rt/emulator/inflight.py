@@ -403,10 +403,10 @@ class Flight:
     def _check_fence(self, op: Op, span: Span, words: slice, lanes: Array) -> None:
         late = np.nonzero(self.hot[words] & UNFENCED)[0]
         if not len(late):
+            if not self.fenced[words].any():
+                return
             records = np.unique(self.fenced[words])
             records = records[records > 0]
-            if not len(records):
-                return
             unordered = self.batch.races.pairs_unordered(
                 np.repeat(lanes[:1], len(records)), records >> 31, records & ((1 << 30) - 1)
             )
