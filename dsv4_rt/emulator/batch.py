@@ -598,12 +598,12 @@ class Batch:
         except LaneFault as error:
             ins, who = self._origin(error, code.lines, lanes)
             raise self.fault(error.what, ins, who[error.bad]) from None
-        except KernelFault:  # of an asynchronous operation that ran meanwhile
-            raise
         except UnsupportedInstruction as error:
             ins, _ = self._origin(error, code.lines, lanes)
             place = where(self.program.ptx, ins, self.machine.source_roots)
             raise UnsupportedInstruction(f"{self.program.entry.name}: {error}{place}") from None
+        except KernelFault:
+            raise  # of an asynchronous operation that ran at once
         except Exception as error:
             ins, _ = self._origin(error, code.lines, lanes)
             place = where(self.program.ptx, ins, self.machine.source_roots)
