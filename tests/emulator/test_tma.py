@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from programs import run_ptx
+from test_instructions import text_of
 
 import dsv4_rt
 from dsv4_rt.emulated_device import EmulatedDevice
@@ -388,19 +390,45 @@ def test_planted_bugs_are_found_where_they_are(tmp_path, name):
         assert f"program.cu:{line}" in str(caught.value), caught.value
 
 
-@pytest.mark.parametrize(
-    "form",
-    [
-        "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes "
-        "[%0], [%1, {0, 0, 0, 0}], [%0], {0, 0};",
-        "cp.async.bulk.prefetch.tensor.4d.L2.global.im2col [%1, {0, 0, 0, 0}], {0, 0};",
-    ],
-)  # fmt: skip
-def test_what_is_not_implemented_is_refused_by_name(emulator, tmp_path, form):
-    source = HEAD + f"""extern "C" __global__ void test(const __grid_constant__ Map x) {{
-        __shared__ alignas(1024) u32 tile[32]; asm volatile("{form}" :: "r"(smem(tile)), "l"(&x) : "memory"); }}"""
-    with pytest.raises(UnsupportedInstruction, match=r"im2col|is not implemented"):
-        load(write(tmp_path, source), "test").launch(1, 32, bytes(128))
+TO_SHARED = "cp.async.bulk.tensor.2d.{}.global{}.mbarrier::complete_tx::bytes{} [s], [out, {{a, b}}], [s]{};"
+FORMS = [
+    TO_SHARED.format("shared::cta", "", "", ""),
+    TO_SHARED.format("shared::cluster", ".tile", ".L2::cache_hint", ", w"),
+    TO_SHARED.format("shared::cluster", ".tile", ".multicast::cluster.L2::cache_hint", ", h, w"),
+    *(
+        f"cp.async.bulk.prefetch.tensor.{n}d.L2.global.tile{hint} [out, {{{', '.join('a' * n)}}}]{more};"
+        for n, hint, more in ((1, "", ""), (3, ".L2::cache_hint", ", w"), (5, "", ""))
+    ),
+    "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group.L2::cache_hint [out, {a, b}], [s], w;",
+    *(
+        f"cp.reduce.async.bulk.tensor.2d.global.shared::cta.{op}.bulk_group [out, {{a, b}}], [s];"
+        for op in ("add", "min", "max", "inc", "dec", "and", "or", "xor")
+    ),
+    "tensormap.replace.tile.global_address.global.b1024.b64 [out], w;",
+    *(f"tensormap.replace.tile.{field}.shared::cta.b1024.b32 [s], {number}a;"
+      for field, number in (("rank", ""), ("box_dim", "0, "), ("global_dim", "1, "), ("element_stride", "2, "))),
+    "tensormap.replace.tile.global_stride.global.b1024.b64 [out], 1, w;",
+    *(f"tensormap.replace.tile.{field}.global.b1024.b32 [out], 1;"
+      for field in ("elemtype", "swizzle_mode", "fill_mode", "interleave_layout")),
+    "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [out], [s], 128;",
+]  # fmt: skip
+REFUSED = {
+    TO_SHARED.format("shared::cluster", ".im2col", "", ", {h, h}"): "im2col",
+    TO_SHARED.format("shared::cta", ".tile::gather4", "", "").replace("{a, b}", "{a, a, a, a, a}"): "tile::gather4",
+    TO_SHARED.format("shared::cluster", ".tile", ".cta_group::2", ""): "cta_group::2",
+    "tensormap.replace.tile.swizzle_atomicity.global.b1024.b32 [out], 1;": "swizzle_atomicity",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_translated(form):
+    run_ptx(text_of("@q " + form), "f", 1, 64, np.zeros(4, np.uint64))
+
+
+@pytest.mark.parametrize("form", REFUSED)
+def test_what_is_not_implemented_is_refused_by_name(form):
+    with pytest.raises(UnsupportedInstruction, match=REFUSED[form]):
+        run_ptx(text_of("@q " + form), "f", 1, 64, np.zeros(4, np.uint64))
 
 
 def test_a_tile_is_one_copy(tmp_path, rng):
