@@ -387,7 +387,7 @@ class Emitter:
             self.emit(f"if B.warpgroups.flying: B.warpgroups.touch({lanes}, R, {slots}, {names})")
             if not self.mask:
                 self.observed.update(unseen)
-        if not (ins.op == "mov" and isinstance(ins.args[-1], Reg)):
+        if ins.op != "mov":  # compilers put copies and constants wherever they like
             self.touched.update(dict.fromkeys(mine, ins.line))
 
     def constant_array(self, values: list[int]) -> str:

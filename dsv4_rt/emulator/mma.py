@@ -6,11 +6,11 @@ sum of its factors' exponents, before normalising; a subnormal has the least nor
     d = round(sum_i trunc(a_i b_i 2^(F-e)) + trunc(c 2^(F-e))) 2^(e-F)
 
 where trunc drops what lies below 2^(e-F), towards zero, the sum is exact, and the result is truncated to fp32 (or to
-13 mantissa bits of it) or rounded to nearest, ties to even, in fp16. Subnormals are kept, NaN is canonical.
+13 mantissa bits of it) or rounded to nearest, ties to even, in fp16, where a zero is always +0. Subnormals are kept,
+NaN is canonical.
 
     mma.sync and wgmma, f16, bf16, tf32     F = 25, L = all of k; tf32 operands lose their 13 low bits
     wgmma, e4m3, e5m2                       F = 13, L = 32; an fp32 result keeps 13 mantissa bits
-    wgmma with an fp16 result               a result that rounds to zero is +0
     mma.sync, e4m3, e5m2                    two f16 sums from zero, over k with k%4 < 2 and then the others, and
                                             an ordinary addition of the accumulator: hardware has no such unit and the
                                             assembler expands the instruction so
@@ -48,16 +48,14 @@ _CHUNK = 1 << 16  # products at a time: their arrays stay in a core's cache
 
 @dataclass(frozen=True)
 class Unit:
-    """How a sum is rounded: bits kept below the largest exponent, mantissa bits of an fp32 result, sign of zero."""
+    """How a sum is rounded: bits kept below the largest exponent, mantissa bits of an fp32 result."""
 
     fraction: int = 25
     mantissa: int = 23
-    negative_zero: bool = True
 
 
-MMA = Unit()
-WGMMA = Unit(negative_zero=False)
-WGMMA_FP8 = Unit(13, 13, negative_zero=False)
+WIDE = Unit()
+NARROW = Unit(13, 13)
 
 
 def element_type(ty: str) -> Any:
@@ -127,7 +125,7 @@ def _power(exponent: Array) -> Array:
 
 
 def dot(
-    a: Array, b: Array, c: Array, types: tuple[str, str, str], unit: Unit = MMA, negative: bool = False
+    a: Array, b: Array, c: Array, types: tuple[str, str, str], unit: Unit = WIDE, negative: bool = False
 ) -> Array:
     """d = a b + c of one unit's sum.
 
@@ -218,8 +216,7 @@ def _round(total: Array, special: Array | None, ty: str, unit: Unit) -> Array:
     """The sum in the accumulator's type."""
     if ty == "f16":
         found = total.astype(np.float16).view(U16)
-        if not unit.negative_zero:
-            found[found == 0x8000] = 0
+        found[found == 0x8000] = 0
     else:
         lost = 52 - unit.mantissa
         kept = (total.view(I64) >> lost << lost).view(F64)

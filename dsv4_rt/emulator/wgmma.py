@@ -8,7 +8,7 @@ order. What is checked besides the shared memory (`inflight.py`):
                             the operation; touching one is an error, except by operations of the same shape that
                             accumulate in the same registers
     wgmma.fence             due before a warpgroup's first operation, and after every access to a register that an
-                            operation uses; a plain copy between registers, which compilers insert, does not count
+                            operation uses; a mov does not count, since compilers put copies and constants anywhere
     descriptors             the same in all 128 threads, no reserved bits, all within the CTA's shared memory
 
 One warp's wait says that the operation is over for the whole warpgroup, as CUTLASS assumes when one thread of a
@@ -32,8 +32,8 @@ from dsv4_rt.emulator.inflight import Entry
 from dsv4_rt.emulator.memory import SHARED_FIRST, LaneFault
 from dsv4_rt.emulator.mma import (
     BYTES,
-    WGMMA,
-    WGMMA_FP8,
+    NARROW,
+    WIDE,
     Unit,
     dot,
     element_type,
@@ -66,7 +66,7 @@ class Form:
 
     @property
     def unit(self) -> Unit:
-        return WGMMA_FP8 if BYTES[self.types[0]] == 1 else WGMMA
+        return NARROW if BYTES[self.types[0]] == 1 else WIDE
 
 
 @lru_cache(maxsize=4096)
@@ -310,7 +310,8 @@ class Warpgroups:
             at = int(np.argmax(late > 0))
             raise LaneFault(
                 f"missing wgmma.fence: register {names[at]} was accessed since the last one, at"
-                f"{self.batch.engine.place(int(late[at]))}",
+                f"{self.batch.engine.place(int(late[at]))}\n"
+                '    (a compiler may move arithmetic past the fence; asm volatile("" : "+f"(x)) on each x keeps it before)',
                 everyone,
             )
         numbers = accumulating[accumulator[:, None], warps].max(axis=1)
