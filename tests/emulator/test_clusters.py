@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from programs import ARCHITECTURES, ORDERS, line_of, run, write_source
+from programs import ORDERS, PRELUDE, line_of, run, write_source
 
 from dsv4_rt.emulator import Machine
 from dsv4_rt.errors import Deadlock, KernelFault, LaunchError
+from dsv4_rt.launch import load
 
 CLUSTERS = [((2, 1, 1), (4, 2, 1)), ((1, 2, 1), (2, 4, 1)), ((2, 2, 1), (4, 2, 2)), ((1, 1, 2), (1, 1, 4)),
             ((2, 1, 2), (2, 1, 2)), ((8, 1, 1), (16, 1, 1)), ((4, 2, 2), (4, 2, 2))]  # fmt: skip
@@ -80,13 +81,19 @@ def expected_facts(cluster, grid):
     return rows
 
 
+def kernel(tmp_path, source, name, device):
+    """A kernel of a source on a device, so that a GPU can judge the test."""
+    path = tmp_path / "program.cu"
+    path.write_text(PRELUDE + source)
+    return load(str(path), name, device)
+
+
 @pytest.mark.parametrize(("cluster", "grid"), CLUSTERS)
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_ids_and_addresses_are_those_of_the_hardware(arch, cluster, grid):
+def test_ids_and_addresses_are_those_of_the_hardware(device, tmp_path, cluster, grid):
     n = int(np.prod(grid))
-    out = np.zeros((n, 32), np.uint32)
-    run(FACTS, "facts", grid, 1, out, arch=arch, cluster=cluster)
-    assert np.array_equal(out, expected_facts(cluster, grid))
+    out = device.array(np.zeros((n, 32), np.uint32))
+    kernel(tmp_path, FACTS, "facts", device).launch(grid, 1, out, cluster=cluster)
+    assert np.array_equal(device.numpy(out), expected_facts(cluster, grid))
 
 
 def test_a_launch_without_clusters_is_one_cta_a_cluster():
@@ -126,10 +133,22 @@ extern "C" __global__ void exchange(const u32* x, u32* y, int n) {
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("size", [1, 2, 4, 16])
 def test_exchange_through_distributed_shared_memory(rng, size, order):
-    grid = 16
-    x = rng.integers(0, 1000, (grid, 64)).astype(np.uint32)
-    y = np.full((grid, 64, 3), 0xFFFFFFFF, np.uint32)
-    run(EXCHANGE, "exchange", grid, 64, x, y, np.int32(0), cluster=size, order=order, seed=int(rng.integers(100)))
+    x = rng.integers(0, 1000, (16, 64)).astype(np.uint32)
+    y = np.full((16, 64, 3), 0xFFFFFFFF, np.uint32)
+    run(EXCHANGE, "exchange", 16, 64, x, y, np.int32(0), cluster=size, order=order, seed=int(rng.integers(100)))
+    check_exchange(x, y, size)
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 16])
+def test_exchange_on_every_device(device, rng, tmp_path, size):
+    x = rng.integers(0, 1000, (16, 64)).astype(np.uint32)
+    y = device.array(np.full((16, 64, 3), 0xFFFFFFFF, np.uint32))
+    ready = kernel(tmp_path, EXCHANGE, "exchange", device)
+    ready.launch(16, 64, device.array(x), y, np.int32(0), cluster=(size,))
+    check_exchange(x, device.numpy(y), size)
+
+
+def check_exchange(x, y, size):
     parts = x.reshape(-1, size, 64)
     assert np.array_equal(y[..., 0].reshape(-1, size, 64), np.repeat(parts.sum(1)[:, None, ::-1], size, 1))
     assert np.array_equal(y[..., 1].reshape(-1, size, 64), 3 * np.roll(parts, 1, 1))
@@ -330,6 +349,15 @@ def test_asynchronous_stores_to_a_neighbour(rng, completion):
     run(source, "send", 8, 64, x, y, totals, cluster=4, machine=Machine("sm_90a", completion=completion))
     assert np.array_equal(y.reshape(2, 4, 64, 4), np.roll(x.reshape(2, 4, 64, 4), 1, 1))
     assert np.array_equal(totals, x.reshape(2, -1, 4)[..., 0].sum(1))
+
+
+def test_asynchronous_stores_on_every_device(device, rng, tmp_path):
+    x = rng.integers(0, 1 << 20, (8, 64, 4)).astype(np.uint32)
+    y, totals = device.array(np.full_like(x, 7)), device.array(np.full(2, 7, np.uint32))
+    source = ASYNC.replace("TX", "1024").replace("WAIT", "wait_for(&full);")
+    kernel(tmp_path, source, "send", device).launch(8, 64, device.array(x), y, totals, cluster=(4,))
+    assert np.array_equal(device.numpy(y).reshape(2, 4, 64, 4), np.roll(x.reshape(2, 4, 64, 4), 1, 1))
+    assert np.array_equal(device.numpy(totals), x.reshape(2, -1, 4)[..., 0].sum(1))
 
 
 @pytest.mark.parametrize("completion", ["early", "late", "random"])

@@ -127,6 +127,14 @@ def test_a_ring_of_stages(rng, tmp_path, completion, order):
     assert np.array_equal(result, x * np.uint32(3) + np.uint32(1))
 
 
+def test_a_ring_on_every_device(device, rng, tmp_path):
+    x = rng.integers(0, 1 << 30, (150, 100), dtype=np.uint32)
+    source, result = device.array(x), device.array(np.full((150, 100), 0xA5A5A5A5, np.uint32))
+    maps = [TensorMap(each, (16, 32), swizzle="128B") for each in (source, result)]
+    load(write(tmp_path, RING), "ring", device).launch(4, 96, *maps, np.int32(10))
+    assert np.array_equal(device.numpy(result), x * np.uint32(3) + np.uint32(1))
+
+
 def test_other_swizzles_give_other_images(emulator, tmp_path, rng):
     """A kernel that reads a tile as it lies finds rows only under the swizzle it reads by."""
     x = rng.integers(0, 1 << 30, (16, 32), dtype=np.uint32)
@@ -361,18 +369,27 @@ extern "C" __global__ void test(const __grid_constant__ Map x, const __grid_cons
 """
 
 
+def as_strided(array, shape, strides):
+    if isinstance(array, np.ndarray):
+        return np.lib.stride_tricks.as_strided(array, shape, strides)
+    from cupy.lib.stride_tricks import as_strided as on_gpu
+
+    return on_gpu(array, shape, strides)
+
+
 def run_plant(device, path, mutant):
     x = device.array(np.arange(64 * 64, dtype=np.uint32).reshape(64, 64))
     y, z = device.array(np.zeros((64, 64), np.uint32)), device.array(np.zeros(64, np.uint32))
     # The allocation ends in the middle of 16 bytes of the last row: a store writes all of them.
     short = device.array(np.zeros(62 * 64 + 56, np.uint8))
-    rows = np.lib.stride_tricks.as_strided(short, (63, 56), (64, 1))
+    rows = as_strided(short, (63, 56), (64, 1))
     bytes_ = TensorMap(rows, (63, 64))
     defines = {"MUTANT": 1} if mutant else {}
     load(path, "test", device, **defines).launch(
         2, 32, TensorMap(x, (8, 32)), TensorMap(y, (8, 32)), bytes_, z, cluster=(2,)
     )
-    return np.concatenate([y.reshape(-1), z])
+    device.synchronize()
+    return np.concatenate([device.numpy(y).reshape(-1), device.numpy(z)])
 
 
 @pytest.mark.parametrize("name", PLANTS)
@@ -418,6 +435,12 @@ REFUSED = {
     TO_SHARED.format("shared::cluster", ".tile", ".cta_group::2", ""): "cta_group::2",
     "tensormap.replace.tile.swizzle_atomicity.global.b1024.b32 [out], 1;": "swizzle_atomicity",
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_the_right_kernels_do_the_same_on_a_gpu(gpu, tmp_path, name):
+    path = write(tmp_path, PLANT_HEAD + PLANTS[name].body + "\n}\n")
+    assert np.array_equal(run_plant(gpu, path, False), run_plant(EmulatedDevice("sm_90a"), path, False))
 
 
 @pytest.mark.parametrize("form", FORMS)
