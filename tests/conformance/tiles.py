@@ -156,7 +156,8 @@ def _elements(memory: np.ndarray, at: np.ndarray, size: int) -> np.ndarray:
 
 def _tf32(bits: np.ndarray) -> np.ndarray:
     """float32 rounded to 10 bits of mantissa through float64, NaN as an H200 writes it."""
-    values = bits.view(np.float32).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # signalling NaN are ordinary operands
+        values = bits.view(np.float32).astype(np.float64)
     ulp = 2.0 ** (np.maximum(np.frexp(values)[1], -125) - 11)
     with np.errstate(all="ignore"):
         rounded = (np.rint(values / ulp) * ulp).astype(np.float32)
