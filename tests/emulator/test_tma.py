@@ -454,6 +454,30 @@ def test_what_is_not_implemented_is_refused_by_name(form):
         run_ptx(text_of("@q " + form), "f", 1, 64, np.zeros(4, np.uint64))
 
 
+def test_a_tile_that_nobody_wrote_is_reported_on_request(tmp_path):
+    source = HEAD + """extern "C" __global__ void test(const __grid_constant__ Map x, u32* y) {
+        __shared__ alignas(1024) u32 tile[256]; __shared__ u64 bar;
+        if (threadIdx.x == 0) { init(&bar, 1); init_done(); expect(&bar, 1024); tile_in(tile, &x, 0, 60, &bar); } // BUG
+        __syncwarp(); wait(&bar, 0);
+        y[threadIdx.x] = tile[threadIdx.x];
+    }"""
+    path = write(tmp_path, source)
+    line = next(i for i, text in enumerate(source.split("\n"), 1) if "BUG" in text)
+    for completion in COMPLETIONS:
+        device = EmulatedDevice("sm_90a", completion=completion, check_uninitialised=True)
+        x, y = device.empty((64, 64), np.uint32), device.empty(32, np.uint32)
+        x[:63] = 5
+        device.machine.memory.mark_written(x.ctypes.data, 63 * 256)
+        kernel = load(path, "test", device)
+        with pytest.raises(KernelFault, match=r"uninitialised global memory: 4 bytes at 0x\w+, 16,128 bytes") as caught:
+            kernel.launch(1, 32, TensorMap(x, (8, 32)), y)
+        assert f"program.cu:{line}" in str(caught.value)
+        x[63] = 6
+        device.machine.memory.mark_written(x.ctypes.data, x.nbytes)
+        kernel.launch(1, 32, TensorMap(x, (8, 32)), y)
+        assert (y == 5).all()
+
+
 def test_a_tile_is_one_copy(tmp_path, rng):
     """256 tiles of 128 x 64 bf16 under 128B swizzle, the A side of a GEMM with K = 16384: one NumPy copy each."""
     device = EmulatedDevice("sm_90a", completion="late")
