@@ -598,6 +598,8 @@ class Batch:
         except LaneFault as error:
             ins, who = self._origin(error, code.lines, lanes)
             raise self.fault(error.what, ins, who[error.bad]) from None
+        except KernelFault:  # of an asynchronous operation that ran meanwhile
+            raise
         except UnsupportedInstruction as error:
             ins, _ = self._origin(error, code.lines, lanes)
             place = where(self.program.ptx, ins, self.machine.source_roots)

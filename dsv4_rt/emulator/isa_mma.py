@@ -127,6 +127,7 @@ def _wgmma(e: Emitter, ins: Instr, m: Mods) -> None:
     if m.flag("fence"):
         _whole(e, ins)
         e.touched.clear()
+        e.after_fence = True
         e.emit("B.warpgroups.fence(L)")
     elif m.flag("commit_group"):
         _whole(e, ins)

@@ -4,11 +4,12 @@ An operation is one instruction of one warpgroup: an `Op` of the engine that rea
 descriptors, or A's registers) and adds to the accumulator when the schedule says. Operations of a warpgroup run in
 order. What is checked besides the shared memory (`inflight.py`):
 
-    registers in flight     the accumulator and A's fragments, from issue until this warp's wgmma.wait_group that covers
-                            the operation; touching one is an error, except by operations of the same shape that
-                            accumulate in the same registers
+    registers in flight     from issue until this warp's wgmma.wait_group that covers the operation. Reading or writing
+                            its accumulator is an error, except by operations of the same shape that accumulate in the
+                            same registers; writing its A fragments is one, reading them does no harm
     wgmma.fence             due before a warpgroup's first operation, and after every access to a register that an
-                            operation uses; a mov does not count, since compilers put copies and constants anywhere
+                            operation uses. What compilers move past a fence does not count: copies and constants;
+                            arithmetic between the fence and the operation; arithmetic that makes A fragments
     descriptors             the same in all 128 threads, no reserved bits, all within the CTA's shared memory
 
 One warp's wait says that the operation is over for the whole warpgroup, as CUTLASS assumes when one thread of a
@@ -310,8 +311,7 @@ class Warpgroups:
             at = int(np.argmax(late > 0))
             raise LaneFault(
                 f"missing wgmma.fence: register {names[at]} was accessed since the last one, at"
-                f"{self.batch.engine.place(int(late[at]))}\n"
-                '    (a compiler may move arithmetic past the fence; asm volatile("" : "+f"(x)) on each x keeps it before)',
+                f"{self.batch.engine.place(int(late[at]))}",
                 everyone,
             )
         numbers = accumulating[accumulator[:, None], warps].max(axis=1)
