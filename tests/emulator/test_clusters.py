@@ -156,6 +156,28 @@ def check_exchange(x, y, size):
     assert np.array_equal(y[..., 2].reshape(-1, size, 64), totals)
 
 
+def test_matrices_and_copies_of_every_rank(device, rng, tmp_path):
+    """Instructions that take shared addresses in other ways: their addresses carry the rank too."""
+    source = HELPERS + """extern "C" __global__ void pieces(const uint4* x, u32* y) {
+        __shared__ alignas(128) uint4 tile[32]; u32 t = threadIdx.x, a, b;
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(saddr(&tile[t])), "l"(x + 32 * blockIdx.x + t));
+        asm volatile("cp.async.wait_all;" ::: "memory");
+        __syncwarp();
+        asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(a) : "r"(saddr(&tile[t & 7])));
+        asm volatile("ldmatrix.sync.aligned.m8n8.x1.b16 {%0}, [%1];" : "=r"(b) : "l"((u64)&tile[t & 7]));
+        __syncwarp();
+        u32 to = saddr(&tile[8 + (t & 7)]);
+        asm volatile("stmatrix.sync.aligned.m8n8.x1.shared.b16 [%0], {%1};" :: "r"(to), "r"(a + b));
+        __syncwarp();
+        y[32 * blockIdx.x + t] = ((u32*)tile)[32 + t];
+        sync();
+    }"""
+    x = rng.integers(0, 1 << 15, (4, 32, 4), dtype=np.uint32)
+    y = device.array(np.zeros((4, 32), np.uint32))
+    kernel(tmp_path, source, "pieces", device).launch(4, 32, device.array(x), y, cluster=(4,))
+    assert np.array_equal(device.numpy(y), 2 * x.reshape(4, 128)[:, :32])
+
+
 def test_cluster_dims_of_the_kernel_hold_without_a_launch_attribute():
     source = HELPERS + """extern "C" __global__ void __cluster_dims__(4, 1, 1) dims(u32* y) {
         if (threadIdx.x == 0) y[blockIdx.x] = rank() + 10 * size(); }"""
