@@ -10,6 +10,7 @@ import tiles
 from tiles import MULTICASTS, cases, digest, exact_in_numpy, expected, names, rows, run
 
 import dsv4_rt
+from dsv4_rt.emulator import tma
 
 CASES = cases()
 PER_TEST = 60
@@ -30,6 +31,19 @@ def test_every_reduction_of_integers_equals_numpy(device, rng):
             got = run(c, device)
             if exact_in_numpy(c):
                 assert np.array_equal(got, expected(c)), c
+
+
+def test_tf32_rounds_as_the_hardware_does():
+    # What an H200 made of these words: ties to even, subnormals, overflow, infinities and NaN.
+    words = {
+        0x3879C141: 0x3879C000, 0x3F801000: 0x3F800000, 0x3F801001: 0x3F802000, 0x3F803000: 0x3F804000,
+        0x3F802FFF: 0x3F802000, 0x00000001: 0x00000000, 0x007FFFFF: 0x00800000, 0x807FFFFF: 0x80800000,
+        0x7F7FFFFF: 0x7F800000, 0x7F800000: 0x7F800000, 0xFF800000: 0xFF800000, 0x7F800001: 0x7FFFE000,
+        0x7FA00000: 0x7FFFE000, 0xFFFFFFFF: 0x7FFFE000,
+    }  # fmt: skip
+    bits, want = (np.array(list(each), np.uint32) for each in (words, words.values()))
+    assert np.array_equal(tma.to_tf32(bits), want)
+    assert np.array_equal(tiles._tf32(bits), want)
 
 
 @pytest.mark.parametrize(("size", "mask", "swizzle"), MULTICASTS)

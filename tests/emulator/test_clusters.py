@@ -214,6 +214,34 @@ PLANTS = {
         #endif""",
         r"the CTA exits while others may still access its shared memory|whose CTA has exited",
     ),
+    "the owner is gone when the load comes": Plant(
+        """mine[t] = x[i]; sync();
+        #ifdef MUTANT
+        if (rank() == 1) return;
+        #endif
+        y[i] = remote_load(mapa(saddr(&mine[t]), rank() ^ 1)); // BUG
+        sync();""",
+        r"access to the shared memory of rank 1, whose CTA has exited", orders=("reverse",),
+    ),
+    "an asynchronous store with a foreign mbarrier": Plant(
+        """__shared__ u64 bar;
+        if (t == 0) {
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 64;" :: "r"(saddr(&bar)) : "memory");
+            asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        }
+        sync();
+        u32 to = mapa(saddr(&mine[t]), rank() ^ 1), b = mapa(saddr(&bar), rank() ^ 1);
+        #ifdef MUTANT
+        b = saddr(&bar);
+        #endif
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], 4;" :: "r"(saddr(&bar)) : "memory");
+        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" // BUG
+                     :: "r"(to), "r"(x[i]), "r"(b) : "memory");
+        asm volatile("{\\n.reg .pred P;\\nAGAIN:\\nmbarrier.try_wait.parity.shared::cta.b64 P, [%0], 0;\\n"
+                     "@P bra DONE;\\nbra AGAIN;\\nDONE:\\n}" :: "r"(saddr(&bar)) : "memory");
+        y[i] = mine[t]; sync();""",
+        r"st.async to rank 1 with an mbarrier of rank 0, not of one CTA",
+    ),
     "store before the owner has read": Plant(
         """mine[t] = x[i]; sync();
         u32 v = mine[63 - t];

@@ -341,6 +341,17 @@ PLANTS = {
         """,
         "the CTA exits while others may still access its shared memory",
     ),
+    "a CTA leaves that has waited for something else": Plant(
+        START + """if (t == 0 && cta == 1) expect(&bar, 1024);
+        if (t == 0 && cta == 0) tile_to_all(tile, &x, 0, 0, &bar, 2); // BUG
+        cluster_sync();
+        #ifndef MUTANT
+        if (cta == 1) wait(&bar, 0);
+        #endif
+        """,
+        "an asynchronous cp.async.bulk.tensor writes to shared memory of rank 1, whose CTA has exited",
+        schedules=("late",),
+    ),
     "adds bytes": Plant(
         FILLED + """
         fence(); __syncwarp();
