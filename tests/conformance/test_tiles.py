@@ -11,6 +11,7 @@ from tiles import MULTICASTS, cases, digest, exact_in_numpy, expected, names, ro
 
 import dsv4_rt
 from dsv4_rt.emulator import tma
+from dsv4_rt.tensor_map import TensorMap
 
 CASES = cases()
 PER_TEST = 60
@@ -31,6 +32,22 @@ def test_every_reduction_of_integers_equals_numpy(device, rng):
             got = run(c, device)
             if exact_in_numpy(c):
                 assert np.array_equal(got, expected(c)), c
+
+
+def test_four_bit_elements_are_the_bytes_they_lie_in(emulator, rng):
+    """A map of nibbles gives the tile that a map of bytes gives, coordinates and sizes doubled."""
+    for _ in range(10):
+        c = tiles.case(rng, "load", "u8")
+        while c.box[-1] * 2 > 256:
+            c = tiles.case(rng, "load", "u8")
+        tensor, _ = c.memory()
+        array = tiles.strided(emulator.array(tensor), np.uint8, c.shape, c.strides)
+        images = []
+        for dtype, many in (("u8", 1), ("u4x16", 2)):
+            box, coords = (*c.box[:-1], many * c.box[-1]), (*c.coords[:-1], many * c.coords[-1])
+            given = TensorMap(array, box, dtype=dtype, element_strides=c.steps, swizzle=c.swizzle)
+            images.append(tiles.image(emulator, given, coords, c.start, c.transaction_bytes))
+        assert np.array_equal(*images), c
 
 
 def test_tf32_rounds_as_the_hardware_does():
