@@ -180,10 +180,8 @@ def test_ctas_that_wait_for_each_other(launch, arch, order):
 def test_cluster_histogram(launch, arch, order, size, rng):
     x, bins = rng.integers(0, 256, 3000).astype(np.int32), np.zeros(256, np.uint32)
     each = 256 // size
-    launch(
-        "cluster_groups", "histogram", 16, 64, x, np.int32(x.size), bins, np.int32(each), arch=arch, order=order, seed=3,
-        shared=4 * each, cluster=size,
-    )  # fmt: skip
+    options = {"arch": arch, "order": order, "seed": 3, "shared": 4 * each, "cluster": size}
+    launch("cluster_groups", "histogram", 16, 64, x, np.int32(x.size), bins, np.int32(each), **options)
     np.testing.assert_array_equal(bins, np.bincount(x, minlength=256))
 
 

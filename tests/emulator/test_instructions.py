@@ -241,12 +241,41 @@ CASES = [
         ".add.u32 [s], 7, [s+8];" + WAITED,
         77,
     ),
+    # Asynchronous copies and mbarriers: every thread executes the line.
+    ("mbarrier.init.shared.b64 [s], 64; bar.sync 0; mbarrier.arrive.shared.b64 Q, [s];"
+     "mbarrier.test_wait.shared::cta.b64 t, [s], Q; selp.u32 R, 1, 0, t;", 1),
+    ("cvta.shared.u64 Q, SA; mbarrier.init.b64 [Q], 65; bar.sync 0; mbarrier.arrive.release.cta.b64 _, [Q];"
+     "mbarrier.test_wait.parity.acquire.cta.b64 t, [Q], 0; selp.u32 R, 1, 0, t;", 0),
+    ("mbarrier.init.shared.b64 [s], 100; bar.sync 0; mbarrier.arrive.noComplete.shared.b64 Q, [s], 1;"
+     "mbarrier.pending_count.b64 R, Q;", 100),
+    ("mbarrier.init.shared.b64 [s], 65; bar.sync 0; mbarrier.arrive_drop.noComplete.shared.b64 Q, [s], 1;"
+     "mbarrier.pending_count.b64 R, Q;", 65),
+    ("mbarrier.init.shared.b64 [s], 64; bar.sync 0; mbarrier.expect_tx.relaxed.cta.shared.b64 [s], 16;"
+     "mbarrier.complete_tx.relaxed.cta.shared.b64 [s], 16; mbarrier.arrive.expect_tx.shared.b64 _, [s], 32;"
+     "mbarrier.complete_tx.shared.b64 [s], 32; mbarrier.try_wait.parity.shared.b64 t, [s], 0, 100;"
+     "selp.u32 R, 1, 0, t;", 1),
+    ("mbarrier.init.shared.b64 [s], 1; bar.sync 0; mbarrier.inval.shared.b64 [s]; bar.sync 0;"
+     "st.shared.u32 [s], 5; ld.shared.u32 R, [s];", 5),
+    ("cp.async.ca.shared.global [s], [out], 4; cp.async.commit_group; cp.async.wait_group 0; bar.sync 0;"
+     "ld.shared.u32 R, [s]; add.u32 R, R, 7;", 7),
+    ("cp.async.cg.shared.global.L2::128B [s], [out], 16, 0; cp.async.wait_all; bar.sync 0;"
+     "ld.shared.u32 R, [s+12]; add.u32 R, R, 8;", 8),
+    ("mbarrier.init.shared.b64 [s], 64; bar.sync 0; cp.async.mbarrier.arrive.noinc.shared.b64 [s];"
+     "mbarrier.try_wait.parity.shared.b64 t, [s], 0; selp.u32 R, 1, 0, t;", 1),
+    ("cp.async.bulk.prefetch.L2.global [out], 16; cp.async.bulk.commit_group; cp.async.bulk.wait_group 0;"
+     "cp.async.bulk.wait_group.read 1; mov.u32 R, a;", 100),
+    ("fence.proxy.async; fence.proxy.async.global; fence.proxy.async.shared::cta; fence.proxy.alias;"
+     "fence.mbarrier_init.release.cluster; fence.proxy.tensormap::generic.release.gpu;"
+     "fence.proxy.tensormap::generic.acquire.gpu [out], 128; fence.acq_rel.cluster; mov.u32 R, a;", 100),
+    ("setmaxnreg.inc.sync.aligned.u32 64; griddepcontrol.wait; nanosleep.u32 20; mov.u32 R, a;", 100),
+    ("mov.u64 Q, %globaltimer; mov.u64 w, %globaltimer; setp.gt.u64 t, w, Q; selp.u32 R, 1, 0, t;", 1),
+    ("mov.u32 R, %clock; mov.u32 H, %clock; sub.u32 R, H, R; setp.gt.s32 t, R, 0; selp.u32 R, 1, 0, t;", 1),
 ]
 
 PROLOGUE = """
     .reg .pred p, q, t, u; .reg .b16 h, g, S; .reg .b8 B; .reg .b32 a, b, c, H, R, i; .reg .f32 x, y, F;
     .reg .b64 w, v, Q, P, out, o, SA; .reg .f64 X, Y, D;
-    .shared .align 8 .b8 s[16]; .local .align 8 .b8 l[16];
+    .shared .align 16 .b8 s[16]; .local .align 8 .b8 l[16];
     mov.u32 a, 100; mov.s32 b, -7; mov.b32 c, 0x80001234; mov.f32 x, 0f3FC00000; mov.f32 y, 0fC0100000;
     mov.u64 w, 0x10000000005; mov.s64 v, -3; mov.f64 X, 0d3FF8000000000000; mov.f64 Y, 0dC002000000000000;
     mov.b16 h, 0x3E00; mov.b16 g, 0xC080; mov.b32 H, {h, g}; mov.b64 P, {x, y};
