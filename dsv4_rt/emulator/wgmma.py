@@ -175,10 +175,13 @@ class Warpgroups:
             self.batch.engine.wait([r.op for r in due], mine)
             warps = mine >> 5
             for each in due:
-                for marks, slots in zip(self._marks(each.registers), (each.accumulator, each.factor), strict=False):
-                    part = marks[slots[:, None], warps]
-                    marks[slots[:, None], warps] = np.where(part == each.number, 0, part)
-                if not self._marks(each.registers)[0][each.accumulator[:, None], warps].any():
+                accumulating, reading, _ = self._marks(each.registers)
+                if len(each.factor):
+                    part = reading[each.factor[:, None], warps]
+                    reading[each.factor[:, None], warps] = np.where(part == each.number, 0, part)
+                # Operations in flight share all of an accumulator or nothing.
+                if accumulating[each.accumulator[0], warps[0]] == each.number:
+                    accumulating[each.accumulator[:, None], warps] = 0
                     self._settle(owner, each.registers, each.accumulator)
                 each.waiting.difference_update(warps.tolist())
                 if not each.waiting:
@@ -249,7 +252,8 @@ class Warpgroups:
     ) -> None:  # fmt: skip
         batch, first = self.batch, int(lanes[0])
         warps = lanes[::32] >> 5
-        self._check_registers(lanes, warps, registers, form, names, accumulator, factor)
+        four = slice(int(warps[0]), int(warps[0]) + TEAM // 32)
+        self._check_registers(four, registers, form, names, accumulator, factor)
         cta = int(batch.cta[first])
         self.issued.append((line, form, accumulator))
         number = len(self.issued)
@@ -279,7 +283,7 @@ class Warpgroups:
         after = before if before is not None and before.state != DONE else None
         op = Op("wgmma", line, first, reads, [], read, write, after=after, parties=tuple(lanes[::32].tolist()))
         for marks, slots in zip(self._marks(registers), (accumulator, factor), strict=False):
-            marks[slots[:, None], warps] = number
+            marks[slots, four] = number
         serial = int(self.committed[warps[0]])
         running = Running(op, number, serial, registers, accumulator, factor, set(warps.tolist()))
         self.running.setdefault(first, []).append(running)
@@ -298,7 +302,7 @@ class Warpgroups:
             self.entries[key] = entry
 
     def _check_registers(
-        self, lanes: Array, warps: Array, registers: list[Array], form: Form, names: tuple[str, ...],
+        self, warps: slice, registers: list[Array], form: Form, names: tuple[str, ...],
         accumulator: Array, factor: Array,
     ) -> None:  # fmt: skip
         everyone = np.arange(TEAM)
@@ -306,16 +310,17 @@ class Warpgroups:
         if not self.fenced[warps].all():
             raise LaneFault("wgmma.mma_async without a wgmma.fence before the warpgroup's first one", everyone)
         slots = np.concatenate([accumulator, factor])
-        late = touched[slots[:, None], warps].max(axis=1)
+        late = touched[slots, warps]
         if late.any():
+            late = late.max(axis=1)
             at = int(np.argmax(late > 0))
             raise LaneFault(
                 f"missing wgmma.fence: register {names[at]} was accessed since the last one, at"
                 f"{self.batch.engine.place(int(late[at]))}",
                 everyone,
             )
-        numbers = accumulating[accumulator[:, None], warps].max(axis=1)
-        for number in np.unique(numbers[numbers > 0]).tolist():
+        numbers = accumulating[accumulator, warps].max(axis=1)
+        for number in set(numbers[numbers > 0].tolist()):
             _, other, slots = self.issued[number - 1]
             alike = (other.columns, other.depth, other.types[2]) == (form.columns, form.depth, form.types[2])
             if not alike or not np.array_equal(slots, accumulator):
@@ -324,7 +329,7 @@ class Warpgroups:
         for marks, mine, what, shift in (
             (accumulating, factor, "accumulator", len(accumulator)), (reading, accumulator, "A fragment", 0)
         ):  # fmt: skip
-            numbers = marks[mine[:, None], warps].max(axis=1, initial=0)
+            numbers = marks[mine, warps].max(axis=1)
             if numbers.any():
                 at = int(np.argmax(numbers > 0))
                 self._raise_in_flight(names[shift + at], what, int(numbers[at]), everyone)

@@ -202,6 +202,12 @@ CASES = [
     ("mov.u64 Q, %clock64; mov.u64 Q, 1;", 1),
     ("membar.gl; fence.acq_rel.gpu; fence.sc.cta; nanosleep.u32 20;", 0),
     ("griddepcontrol.wait; griddepcontrol.launch_dependents;", 0),
+    ("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 { F,_,_,_}, {H,H,H,H}, {H,H}, {x,x,x,x};", f32(60)),
+    ("mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.u8.s32 {R,_,_,_}, {a,a,a,a}, {a,a}, {a,a,a,a};", 80100),
+    ("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 { D,_}, {X}, {Y}, {X,X};", f64(-12)),
+    ("movmatrix.sync.aligned.m8n8.trans.b16 R, H;", half(1.5) * 0x10001),
+    ("{ .shared .align 16 .b8 m[16]; stmatrix.sync.aligned.m8n8.x1.shared.b16 [m], {c}; "
+     "ldmatrix.sync.aligned.x1.m8n8.trans.shared.b16 {R}, [m]; }", 0x12341234),
     ("elect.sync _|t, -1; selp.u32 R, 1, 0, t;", 1),
     ("elect.sync R|t, -1; add.u32 R, R, 4;", 4),
     ("activemask.b32 R;", -1),

@@ -244,7 +244,7 @@ NO_FENCE = r"missing wgmma.fence: register %f\d+ was accessed since the last one
 REPORTED = {
     "no wait": (
         swap("wg_wait<0>();", ""),
-        IN_FLIGHT + r" that no wgmma.wait_group of this thread has covered, issued at\n +PTX line \d+: wgmma.mma_async"),
+        IN_FLIGHT + r" that no wgmma.wait_group of this thread has covered, issued at\n +PTX line \d+: wgmma.mma"),
     "no commit": (swap("wg_commit();", ""), IN_FLIGHT),
     "wait for all but one": (swap("wg_wait<0>", "wg_wait<1>"), IN_FLIGHT),
     "accumulator read before the wait": (
