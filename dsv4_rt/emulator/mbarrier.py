@@ -155,8 +155,9 @@ class Mbarriers:
         at = self.locate(lanes, addr, generic, "mbarrier.inval")
         for position, which in self._each(at):
             barrier = self.find(position, lanes, which, "mbarrier.inval")
-            if self.batch.waiters(position) or barrier.tx:
-                how = "threads wait for it" if self.batch.waiters(position) else barrier.describe()
+            waiting = self.batch.waits.count(position)
+            if waiting or barrier.tx:
+                how = f"{waiting} threads wait for it" if waiting else barrier.describe()
                 raise LaneFault(f"mbarrier.inval: {self.name(position)} is in use: {how}", _bad(lanes, which))
             self.batch.engine.flight.drop(barrier.entry, position // self.batch.shared.stride)
             del self.live[position]
