@@ -190,6 +190,7 @@ extern "C" __global__ void __launch_bounds__(288) k(
         for (int i = 0; i < 4; ++i) wgmma(acc, da + 2 * i, db + 2 * i, j > 0 || i > 0);
         wg_commit();
         wg_wait<1>();
+        for (int i = 0; i < 16; ++i) asm volatile("" : "+f"(acc[i]) :: "memory");  // as CUTLASS pins accumulators
     }
     wg_wait<0>();
     for (int i = 0; i < 16; ++i) d[threadIdx.x * 16 + i] = acc[i];
