@@ -289,7 +289,7 @@ class Batch:
             self._release_warps(key)
             return
         if is_cluster_wait(block.sync):
-            self._wait_at_cluster(key, block.sync, group)
+            self.cluster_barrier().wait(key, block.sync, group)
             return
         ids, counts = self._barrier_operands(key, block.sync, group.lanes)
         self.at_barrier[group.lanes] = ids
@@ -392,35 +392,11 @@ class Batch:
         mask = self._operand(key, sync_mask(sync), lanes)
         self._let_go(key, collective.complete(self.nlanes, lanes, mask, self.alive))
 
-    def _wait_at_cluster(self, key: Key, sync: Instr, group: Group) -> None:
-        """barrier.cluster.wait: park until every thread of the cluster that has not exited has arrived."""
+    def cluster_barrier(self) -> Clusters:
+        """The cluster barrier, also in a launch without clusters."""
         if self.clusters is None:
             self.clusters = Clusters(self, 1)
-        bad = self.clusters.check_arrived(group.lanes)
-        if len(bad):
-            raise self.fault("barrier.cluster.wait without a barrier.cluster.arrive before it", sync, group.lanes[bad])
-        self._merge(self.parked, key, group)
-        self._release_clusters()
-
-    def _release_clusters(self) -> None:
-        if self.clusters is None:
-            return
-        self.clusters.complete()
-        for key in list(self.parked):
-            sync = self.program.blocks[key[1]].sync
-            if is_cluster_wait(sync):
-                lanes = self.parked[key].lanes
-                free = self.clusters.may_pass(lanes)
-                if sync is not None and "aligned" in sync.mods and free.any():
-                    free &= collective.complete(self.nlanes, lanes, np.full(len(lanes), 0xFFFFFFFF, U32), self.alive)
-                self.clusters.passed(lanes[free])
-                self._let_go(key, free)
-
-    def cluster_arrive(self, lanes: Array) -> None:
-        """barrier.cluster.arrive: counted, not waited for."""
-        if self.clusters is None:
-            self.clusters = Clusters(self, 1)
-        self.clusters.arrive(lanes)
+        return self.clusters
 
     def _is_warp_barrier(self, key: Key) -> bool:
         sync = self.program.blocks[key[1]].sync
@@ -580,7 +556,8 @@ class Batch:
             if key in self.parked and is_warp_sync(self.program.blocks[key[1]].sync or Instr("", (), [])):
                 self._release_warps(key)
         self._release_barriers()
-        self._release_clusters()
+        if self.clusters is not None:
+            self.clusters.release()
 
     def _step(self, key: Key) -> None:
         group = self.ready.pop(key)
@@ -598,12 +575,12 @@ class Batch:
         except LaneFault as error:
             ins, who = self._origin(error, code.lines, lanes)
             raise self.fault(error.what, ins, who[error.bad]) from None
+        except KernelFault:  # of an asynchronous operation that ran meanwhile
+            raise
         except UnsupportedInstruction as error:
             ins, _ = self._origin(error, code.lines, lanes)
             place = where(self.program.ptx, ins, self.machine.source_roots)
             raise UnsupportedInstruction(f"{self.program.entry.name}: {error}{place}") from None
-        except KernelFault:
-            raise  # of an asynchronous operation that ran at once
         except Exception as error:
             ins, _ = self._origin(error, code.lines, lanes)
             place = where(self.program.ptx, ins, self.machine.source_roots)

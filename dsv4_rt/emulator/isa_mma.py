@@ -6,7 +6,7 @@ import re
 
 from dsv4_rt.emulator.codegen import Emitter, Mods, handles
 from dsv4_rt.emulator.ir import Instr, Number, Operand, Reg, Vector
-from dsv4_rt.emulator.isa_memory import _base, address
+from dsv4_rt.emulator.isa_memory import address, space_target
 from dsv4_rt.emulator.mma import BYTES
 from dsv4_rt.emulator.wgmma import Form
 
@@ -90,10 +90,7 @@ def _matrix(e: Emitter, ins: Instr, m: Mods) -> None:
         raise m.refuse()
     _whole(e, ins)
     where = address(e, ins.args[1] if loads else ins.args[0], space.split("::")[0])
-    lanes = "" if e.full else "[L]"
-    memory, base = "B.shared", _base(e, f"B.shared_base{lanes}")
-    if space == "generic":
-        memory, base = "B.generic", f"({base}, {_base(e, f'B.local_base{lanes}')})"
+    memory, base = space_target(e, space.split("::")[0])
     common = f"{memory}, B.races, L, {where}, {base}, {ins.line}"
     if loads:
         found = e.temp(f"mma.load_matrices({common}, {count}, {transpose})")

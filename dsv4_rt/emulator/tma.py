@@ -149,7 +149,9 @@ def gather(batch: Batch, m: TileMap, tile: Tile) -> Array:
     else:
         found = np.zeros(tile.box, np.uint8)
     if tile.nbytes:
-        found[tile.inside] = _view(batch, tile, False)
+        view = _view(batch, tile, False)
+        batch.memory.check_written(view, max(1, m.bits // 8))
+        found[tile.inside] = view
         if m.dtype == "tf32":
             part = np.ascontiguousarray(found[tile.inside]).view(np.uint32)
             found[tile.inside] = to_tf32(part).view(np.uint8)

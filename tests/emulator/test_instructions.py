@@ -30,6 +30,13 @@ def half(value):
     return struct.unpack("<H", struct.pack("<e", value))[0]
 
 
+# One thread with an mbarrier at s+8 that expects 4 bytes; and its wait, after which s is read.
+ALONE = (
+    "mov.u32 i, %tid.x; setp.eq.u32 t, i, 0; @t mbarrier.init.shared::cta.b64 [s+8], 1; "
+    "@t mbarrier.arrive.expect_tx.shared::cta.b64 _, [s+8], 4; "
+)
+WAITED = " @t mbarrier.try_wait.parity.shared::cta.b64 u, [s+8], 0; @t ld.shared.u32 R, [s];"
+
 # a = 100 (u32), b = -7 (s32), c = 0x80001234, x = 1.5, y = -2.25 (f32), w = 2^40 + 5 (u64), v = -3 (s64),
 # X = 1.5, Y = -2.25 (f64), h = 1.5, g = -2.25 (f16), H = {1.5, -2.25} (f16x2), P = {x, y}, p = true, q = false.
 # A result in 32 bits lands in R or F, in 64 bits in Q or D, in 16 bits in S.
@@ -223,6 +230,23 @@ CASES = [
     ("st.shared.u32 [s], 5; atom.shared.inc.u32 R, [s], 1000; atom.shared.exch.b32 R, [s], 2; mov.u32 R, 3;", 3),
     ("st.volatile.shared.b8 [s], 200; ld.volatile.shared.s8 R, [s];", -56),
     ("add.u32 R, a, b; @!p add.u32 R, R, 1; @q ld.global.u32 R, [out];", 93),
+    ("mapa.shared::cluster.u32 R, s, 0; sub.u32 R, R, 1020;", 4),
+    ("mapa.shared::cluster.u32 R, s+4, a; and.b32 R, R, 0xff000fff;", (100 << 24) + 0x404),
+    ("mapa.u64 Q, SA, 5; shr.b64 Q, Q, 24;", 5),
+    ("getctarank.shared::cluster.u32 R, 0x3000400;", 3),
+    ("mapa.u64 o, SA, 6; getctarank.u64 R, o;", 6),
+    ("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned; mov.u32 R, %cluster_nctarank;", 1),
+    ("barrier.cluster.arrive.relaxed; barrier.cluster.wait; mov.u32 R, %cluster_ctarank;", 0),
+    ("mov.pred t, %is_explicit_cluster; selp.u32 R, 1, 0, t;", 0),
+    ("cvta.shared.u64 o, SA; isspacep.shared::cluster t, o; selp.u32 R, 1, 0, t;", 1),
+    ("st.shared::cluster.u32 [s], 5; ld.shared::cluster.u32 R, [s];", 5),
+    ("st.shared.u32 [s], 5; atom.relaxed.cluster.shared::cluster.add.u32 R, [s], 1;", 5),
+    (ALONE + "@t st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [s], 77, [s+8];" + WAITED, 77),
+    (
+        ALONE + "@t st.shared.u32 [s], 70; @t red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes"
+        ".add.u32 [s], 7, [s+8];" + WAITED,
+        77,
+    ),
     # Asynchronous copies and mbarriers: every thread executes the line.
     ("mbarrier.init.shared.b64 [s], 64; bar.sync 0; mbarrier.arrive.shared.b64 Q, [s];"
      "mbarrier.test_wait.shared::cta.b64 t, [s], Q; selp.u32 R, 1, 0, t;", 1),

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from programs import run_ptx
+from test_instructions import text_of
 
 import dsv4_rt
 from dsv4_rt.emulated_device import EmulatedDevice
@@ -123,6 +125,14 @@ def test_a_ring_of_stages(rng, tmp_path, completion, order):
     maps = [TensorMap(each, (16, 32), swizzle="128B") for each in (source, result)]
     load(write(tmp_path, RING), "ring", device).launch(4, 96, *maps, np.int32(10))
     assert np.array_equal(result, x * np.uint32(3) + np.uint32(1))
+
+
+def test_a_ring_on_every_device(device, rng, tmp_path):
+    x = rng.integers(0, 1 << 30, (150, 100), dtype=np.uint32)
+    source, result = device.array(x), device.array(np.full((150, 100), 0xA5A5A5A5, np.uint32))
+    maps = [TensorMap(each, (16, 32), swizzle="128B") for each in (source, result)]
+    load(write(tmp_path, RING), "ring", device).launch(4, 96, *maps, np.int32(10))
+    assert np.array_equal(device.numpy(result), x * np.uint32(3) + np.uint32(1))
 
 
 def test_other_swizzles_give_other_images(emulator, tmp_path, rng):
@@ -331,6 +341,17 @@ PLANTS = {
         """,
         "the CTA exits while others may still access its shared memory",
     ),
+    "a CTA leaves that has waited for something else": Plant(
+        START + """if (t == 0 && cta == 1) expect(&bar, 1024);
+        if (t == 0 && cta == 0) tile_to_all(tile, &x, 0, 0, &bar, 2); // BUG
+        cluster_sync();
+        #ifndef MUTANT
+        if (cta == 1) wait(&bar, 0);
+        #endif
+        """,
+        "an asynchronous cp.async.bulk.tensor writes to shared memory of rank 1, whose CTA has exited",
+        schedules=("late",),
+    ),
     "adds bytes": Plant(
         FILLED + """
         fence(); __syncwarp();
@@ -359,18 +380,27 @@ extern "C" __global__ void test(const __grid_constant__ Map x, const __grid_cons
 """
 
 
+def as_strided(array, shape, strides):
+    if isinstance(array, np.ndarray):
+        return np.lib.stride_tricks.as_strided(array, shape, strides)
+    from cupy.lib.stride_tricks import as_strided as on_gpu
+
+    return on_gpu(array, shape, strides)
+
+
 def run_plant(device, path, mutant):
     x = device.array(np.arange(64 * 64, dtype=np.uint32).reshape(64, 64))
     y, z = device.array(np.zeros((64, 64), np.uint32)), device.array(np.zeros(64, np.uint32))
     # The allocation ends in the middle of 16 bytes of the last row: a store writes all of them.
     short = device.array(np.zeros(62 * 64 + 56, np.uint8))
-    rows = np.lib.stride_tricks.as_strided(short, (63, 56), (64, 1))
+    rows = as_strided(short, (63, 56), (64, 1))
     bytes_ = TensorMap(rows, (63, 64))
     defines = {"MUTANT": 1} if mutant else {}
     load(path, "test", device, **defines).launch(
         2, 32, TensorMap(x, (8, 32)), TensorMap(y, (8, 32)), bytes_, z, cluster=(2,)
     )
-    return np.concatenate([y.reshape(-1), z])
+    device.synchronize()
+    return np.concatenate([device.numpy(y).reshape(-1), device.numpy(z)])
 
 
 @pytest.mark.parametrize("name", PLANTS)
@@ -388,19 +418,75 @@ def test_planted_bugs_are_found_where_they_are(tmp_path, name):
         assert f"program.cu:{line}" in str(caught.value), caught.value
 
 
-@pytest.mark.parametrize(
-    "form",
-    [
-        "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes "
-        "[%0], [%1, {0, 0, 0, 0}], [%0], {0, 0};",
-        "cp.async.bulk.prefetch.tensor.4d.L2.global.im2col [%1, {0, 0, 0, 0}], {0, 0};",
-    ],
-)  # fmt: skip
-def test_what_is_not_implemented_is_refused_by_name(emulator, tmp_path, form):
-    source = HEAD + f"""extern "C" __global__ void test(const __grid_constant__ Map x) {{
-        __shared__ alignas(1024) u32 tile[32]; asm volatile("{form}" :: "r"(smem(tile)), "l"(&x) : "memory"); }}"""
-    with pytest.raises(UnsupportedInstruction, match=r"im2col|is not implemented"):
-        load(write(tmp_path, source), "test").launch(1, 32, bytes(128))
+TO_SHARED = "cp.async.bulk.tensor.2d.{}.global{}.mbarrier::complete_tx::bytes{} [s], [out, {{a, b}}], [s]{};"
+FORMS = [
+    TO_SHARED.format("shared::cta", "", "", ""),
+    TO_SHARED.format("shared::cluster", ".tile", ".L2::cache_hint", ", w"),
+    TO_SHARED.format("shared::cluster", ".tile", ".multicast::cluster.L2::cache_hint", ", h, w"),
+    *(
+        f"cp.async.bulk.prefetch.tensor.{n}d.L2.global.tile{hint} [out, {{{', '.join('a' * n)}}}]{more};"
+        for n, hint, more in ((1, "", ""), (3, ".L2::cache_hint", ", w"), (5, "", ""))
+    ),
+    "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group.L2::cache_hint [out, {a, b}], [s], w;",
+    *(
+        f"cp.reduce.async.bulk.tensor.2d.global.shared::cta.{op}.bulk_group [out, {{a, b}}], [s];"
+        for op in ("add", "min", "max", "inc", "dec", "and", "or", "xor")
+    ),
+    "tensormap.replace.tile.global_address.global.b1024.b64 [out], w;",
+    *(f"tensormap.replace.tile.{field}.shared::cta.b1024.b32 [s], {number}a;"
+      for field, number in (("rank", ""), ("box_dim", "0, "), ("global_dim", "1, "), ("element_stride", "2, "))),
+    "tensormap.replace.tile.global_stride.global.b1024.b64 [out], 1, w;",
+    *(f"tensormap.replace.tile.{field}.global.b1024.b32 [out], 1;"
+      for field in ("elemtype", "swizzle_mode", "fill_mode", "interleave_layout")),
+    "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [out], [s], 128;",
+]  # fmt: skip
+REFUSED = {
+    TO_SHARED.format("shared::cluster", ".im2col", "", ", {h, h}"): "im2col",
+    TO_SHARED.format("shared::cta", ".tile::gather4", "", "").replace("{a, b}", "{a, a, a, a, a}"): "tile::gather4",
+    TO_SHARED.format("shared::cluster", ".tile", ".cta_group::2", ""): "cta_group::2",
+    "tensormap.replace.tile.swizzle_atomicity.global.b1024.b32 [out], 1;": "swizzle_atomicity",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_the_right_kernels_do_the_same_on_a_gpu(gpu, tmp_path, name):
+    path = write(tmp_path, PLANT_HEAD + PLANTS[name].body + "\n}\n")
+    assert np.array_equal(run_plant(gpu, path, False), run_plant(EmulatedDevice("sm_90a"), path, False))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_translated(form):
+    run_ptx(text_of("@q " + form), "f", 1, 64, np.zeros(4, np.uint64))
+
+
+@pytest.mark.parametrize("form", REFUSED)
+def test_what_is_not_implemented_is_refused_by_name(form):
+    with pytest.raises(UnsupportedInstruction, match=REFUSED[form]):
+        run_ptx(text_of("@q " + form), "f", 1, 64, np.zeros(4, np.uint64))
+
+
+def test_a_tile_that_nobody_wrote_is_reported_on_request(tmp_path):
+    source = HEAD + """extern "C" __global__ void test(const __grid_constant__ Map x, u32* y) {
+        __shared__ alignas(1024) u32 tile[256]; __shared__ u64 bar;
+        if (threadIdx.x == 0) { init(&bar, 1); init_done(); expect(&bar, 1024); tile_in(tile, &x, 0, 60, &bar); } // BUG
+        __syncwarp(); wait(&bar, 0);
+        y[threadIdx.x] = tile[threadIdx.x];
+    }"""
+    path = write(tmp_path, source)
+    line = next(i for i, text in enumerate(source.split("\n"), 1) if "BUG" in text)
+    for completion in COMPLETIONS:
+        device = EmulatedDevice("sm_90a", completion=completion, check_uninitialised=True)
+        x, y = device.empty((64, 64), np.uint32), device.empty(32, np.uint32)
+        x[:63] = 5
+        device.machine.memory.mark_written(x.ctypes.data, 63 * 256)
+        kernel = load(path, "test", device)
+        with pytest.raises(KernelFault, match=r"uninitialised global memory: 4 bytes at 0x\w+, 16,128 bytes") as caught:
+            kernel.launch(1, 32, TensorMap(x, (8, 32)), y)
+        assert f"program.cu:{line}" in str(caught.value)
+        x[63] = 6
+        device.machine.memory.mark_written(x.ctypes.data, x.nbytes)
+        kernel.launch(1, 32, TensorMap(x, (8, 32)), y)
+        assert (y == 5).all()
 
 
 def test_a_tile_is_one_copy(tmp_path, rng):
