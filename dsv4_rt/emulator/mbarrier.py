@@ -144,8 +144,7 @@ class Mbarriers:
                 batch.engine.flight.drop(old.entry, position // batch.shared.stride)
             first = lanes[which][:1]
             batch.engine.flight.overwrite(first, position, position + 8, "mbarrier.init", line)
-            what = f"those are the bytes of a live mbarrier, initialised at{batch.engine.place(line)}"
-            entry = Entry(None, position, position + 8, True, None, what)
+            entry = Entry(None, position, position + 8, True, None, line)
             batch.engine.flight.add(entry, position // batch.shared.stride)
             tick = batch.races.clock.tick(line)
             self.live[position] = Barrier(position, int(counts[0]), line, (tick, int(first[0])), entry)

@@ -252,6 +252,10 @@ REPORTED = {
     "accumulator written before the wait": (
         swap("wg_commit();", 'asm volatile("mul.f32 %0, %0, %0;" : "+f"(acc[3])); wg_commit();'),
         IN_FLIGHT + r"(.|\n)*\d: mul"),
+    "the later of two products": (
+        swap("wg_wait<0>();", "float more[8]; wg_fence(); wgmma(more, da, db, 0); wg_commit(); wg_wait<1>();"
+             "d[0] = acc[1]; d[1] = more[1]; wg_wait<0>(); d[2] = more[2];"),
+        IN_FLIGHT + r"(.|\n)*\d: st\.global.*\+4\]"),
     "no fence at all": (swap("wg_fence();", ""), r"without a wgmma.fence before the warpgroup's first one"),
     "fence before the accumulator is set": (
         both(swap("= 0;\n", "= d[i];\n"), swap("float acc", "wg_fence(); float acc"), swap("wg_fence();\n", "")),
