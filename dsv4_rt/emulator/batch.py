@@ -583,8 +583,6 @@ class Batch:
             ins, _ = self._origin(error, code.lines, lanes)
             place = where(self.program.ptx, ins, self.machine.source_roots)
             raise UnsupportedInstruction(f"{self.program.entry.name}: {error}{place}") from None
-        except KernelFault:
-            raise  # of an asynchronous operation that ran at once
         except Exception as error:
             ins, _ = self._origin(error, code.lines, lanes)
             place = where(self.program.ptx, ins, self.machine.source_roots)
