@@ -292,7 +292,7 @@ PLANTS = {
         #ifdef MUTANT
         const int row = -4;
         #else
-        const int row = 60;
+        const int row = 60 - 8 * cta;
         #endif
         if (t == 0) { tile_out(&y, 0, row, tile); commit(); drain<0>(); } // BUG""",
         r"the coordinates \(0, -4\) of a store: negative ones are for loads only",
