@@ -29,7 +29,7 @@ from dsv4_rt.emulator.descriptors import swizzle
 from dsv4_rt.emulator.memory import SHARED_FIRST, LaneFault
 from dsv4_rt.emulator.tensormap import SWIZZLES, TileMap
 from dsv4_rt.emulator.tiles import CHUNK, Tile
-from dsv4_rt.errors import EmulatorError
+from dsv4_rt.errors import EmulatorError, UnsupportedInstruction
 
 if TYPE_CHECKING:
     from dsv4_rt.emulator.batch import Batch
@@ -137,6 +137,16 @@ def _box(m: TileMap) -> tuple[int, ...]:
     return (*m.counts[:0:-1], m.row_bytes)
 
 
+def overlaps(tile: Box) -> bool:
+    """Whether a byte of the tile may have more than one place in the box."""
+    reach = 0
+    for stride, n in sorted(zip(tile.strides, tile.shape, strict=True)):
+        if n > 1 and stride <= reach:
+            return True
+        reach += stride * (n - 1)
+    return False
+
+
 def _view(batch: Batch, tile: Box, write: bool) -> Array:
     """The clipped tile in global memory, in place, as bytes."""
     return as_strided(batch.memory.span(tile.first, tile.nbytes, write), tile.shape, tile.strides)
@@ -226,6 +236,9 @@ def store(
             if op and m.dtype not in REDUCTIONS[op]:
                 raise _fault(f"{REDUCE}.{op} of {m.dtype}; it takes {', '.join(REDUCTIONS[op])}")
             tile = clip(m, _signed(coords, i), True)
+            if op and overlaps(tile):
+                what = f"{REDUCE}.{op} to a tensor whose elements overlap is not implemented by the emulator"
+                raise UnsupportedInstruction(what)
             if tile.nbytes:
                 batch.memory.span(tile.first, tile.nbytes, True)
             cta, start, where = _locate(batch, lanes[one], source[one], m, f"{kind} source")
