@@ -38,6 +38,7 @@ from dsv4_rt.emulator.mbarrier import Mbarriers
 from dsv4_rt.emulator.memory import LOCAL_FIRST, LaneFault, LaneMemory
 from dsv4_rt.emulator.races import Races, RacyGeneric, RacyShared
 from dsv4_rt.emulator.report import LaunchReport, Triple, fault, where
+from dsv4_rt.emulator.tiles import Tiles
 from dsv4_rt.emulator.waits import Waits
 from dsv4_rt.emulator.watched import WatchedMemory
 from dsv4_rt.emulator.wgmma import Warpgroups
@@ -140,6 +141,7 @@ class Batch:
         self.local = LaneMemory("local", self.nlanes, program.entry.frame_size + program.local_bytes, LOCAL_FIRST)
         self.engine = Engine(self, machine.completion, machine.dice)
         self.mbarriers = Mbarriers(self)
+        self.tiles = Tiles(self)
         self.warpgroups = Warpgroups(self)
         self.generic: RacyGeneric = RacyGeneric(self.memory, self.shared, self.local)
         self.shared_base = self.shared.bases(self.cta)

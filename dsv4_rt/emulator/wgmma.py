@@ -264,6 +264,8 @@ class Warpgroups:
         for (what, rows, ty, mn_major), word in zip(sides[len(places) :], bits, strict=False):
             place, ranges = self._place(word, what, rows, form.depth, BYTES[ty], mn_major)
             reads += [Span(cta, lo, hi) for lo, hi in ranges]
+            if batch.tiles.of:
+                batch.tiles.check(cta, ranges, decode(word).swizzle, f"wgmma: the descriptor of {what}")
             places.append(place + (cta * batch.shared.stride - SHARED_FIRST) // BYTES[ty])
         scale = bool(bits[-1])
 
