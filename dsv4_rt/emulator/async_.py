@@ -175,6 +175,8 @@ class Engine:
                 op.data = op.read()
                 op.state = READ
                 return
+            if self.batch.clusters is not None:
+                self.batch.clusters.check_targets(op)
             op.write(op.data)
         except LaneFault as error:
             raise self.batch.fault(error.what, self.instr(op.line), np.array([op.lane])) from None
@@ -332,8 +334,6 @@ class Engine:
     def fill(self, span: Span, data: Array) -> None:
         """Write a span's bytes."""
         shared, lo = self.batch.shared, self.start(span)
-        if self.batch.clusters is not None:
-            self.batch.clusters.check_alive(span.cta)
         if shared.tiles is not None:
             shared.tiles.forget_range(lo, lo + span.hi - span.lo)
         shared.views[0][lo : lo + span.hi - span.lo] = data

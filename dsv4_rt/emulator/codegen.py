@@ -96,7 +96,7 @@ class Layout:
     shadows: dict[Reg, int] = field(default_factory=dict)  # slots of "has been set" flags
     unset: set[Reg] = field(default_factory=set)
     unread: set[Reg] = field(default_factory=set)  # written, but no instruction reads them
-    tensor: set[Reg] = field(default_factory=set)  # a wgmma accumulates in them or takes A from them
+    tensor: dict[Reg, bool] = field(default_factory=dict)  # a wgmma uses them; whether it accumulates in them
     addresses: dict[int, int] = field(default_factory=dict)  # id(Var) -> address, for global, const and shared
     functions: dict[str, int] = field(default_factory=dict)  # name -> what a pointer to it holds
 
@@ -134,6 +134,7 @@ class Emitter:
         self.lane_operand = False
         self.touched: dict[Reg, int] = {}  # registers in layout.tensor accessed since a wgmma.fence, and the line
         self.observed: set[Reg] = set()  # such registers known not to be in flight
+        self.after_fence = False
 
     # Text.
 
@@ -382,7 +383,9 @@ class Emitter:
 
     def _touch_fragments(self, ins: Instr) -> None:
         """See that registers which a wgmma uses are not in flight, and remember that they were accessed."""
-        mine = [reg for reg in dict.fromkeys((*sources(ins), *results(ins))) if reg in self.layout.tensor]
+        # To read what a wgmma only reads does no harm.
+        read = [reg for reg in sources(ins) if self.layout.tensor.get(reg)]
+        mine = list(dict.fromkeys([*read, *(reg for reg in results(ins) if reg in self.layout.tensor)]))
         unseen = [reg for reg in mine if reg not in self.observed]
         if unseen:
             slots, names = tuple(self.layout.slots[reg] for reg in unseen), tuple(reg.name for reg in unseen)
@@ -390,26 +393,19 @@ class Emitter:
             self.emit(f"if B.warpgroups.flying: B.warpgroups.touch({lanes}, R, {slots}, {names})")
             if not self.mask:
                 self.observed.update(unseen)
-        if ins.op != "mov":  # compilers put copies and constants wherever they like
-            self.touched.update(dict.fromkeys(mine, ins.line))
+        # Compilers put copies and constants anywhere, and arithmetic as late as they can: past a fence, though the
+        # source has it before, and an A fragment's to the front of the product that takes it.
+        if ins.op == "mov":
+            return
+        if ins.op not in _STAYS:
+            mine = [] if self.after_fence else [reg for reg in mine if self.layout.tensor[reg]]
+        self.touched.update(dict.fromkeys(mine, ins.line))
 
     def constant_array(self, values: list[int]) -> str:
         """The name of an array of integers that generated code may use."""
         name = f"k{len(self.namespace)}"
         self.namespace[name] = np.array(values, np.intp)
         return name
-
-    def flush(self, reg: Reg) -> None:
-        """Put a register where it is kept between blocks, and forget what it holds: something else will write it."""
-        name = self.env.pop(reg, None)
-        if name is None:
-            return
-        for other, also in list(self.env.items()):
-            if also == name:
-                self.env[other] = self.temp(f"{name}.copy()", name in self.constant)
-        if reg in self.dirty:
-            del self.dirty[reg]
-            self._write_back(self.layout.slots[reg], name, set())
 
     def now_set(self, regs: list[Reg]) -> None:
         """Something else than `define` has set these registers."""
@@ -485,6 +481,7 @@ class Emitter:
         self.emit(f"R[{slot}] = {name}")
 
 
+_STAYS = frozenset("ld ldu ldg atom shfl ldmatrix mma".split())  # what no compiler moves past a volatile asm
 _PASSES_ON = frozenset("mov cvt cvta selp add sub mul mad fma neg abs min max div rem".split())
 NEEDS_LANES = frozenset("tensormap ld ldu ldg st atom red bar barrier cp mbarrier fence membar".split())
 SPECIAL_BITS = {"clock64": 64, "globaltimer": 64, "gridid": 64}

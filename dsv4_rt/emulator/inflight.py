@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 I64 = np.int64
 WRITING, READING, UNFENCED = 1, 2, 4
+SERVICES = 16  # proxy fences that are remembered one by one
 _NONE = np.zeros(0, I64)
 _SPREAD = 0x01010101
 
@@ -54,12 +55,15 @@ class Completion:
 
 
 class Entry:
-    """A range of shared memory that an op reads or writes; positions in the batch's shared memory."""
+    """A range of shared memory that an op reads or writes; positions in the batch's shared memory.
 
-    __slots__ = ("hi", "lo", "op", "seen", "what", "write")
+    Without an op it is a live mbarrier, initialised on a line.
+    """
 
-    def __init__(self, op: Op | None, lo: int, hi: int, write: bool, seen: Completion | None, what: str = "") -> None:
-        self.op, self.lo, self.hi, self.write, self.seen, self.what = op, lo, hi, write, seen, what
+    __slots__ = ("hi", "line", "lo", "op", "seen", "write")
+
+    def __init__(self, op: Op | None, lo: int, hi: int, write: bool, seen: Completion | None, line: int = 0) -> None:
+        self.op, self.lo, self.hi, self.write, self.seen, self.line = op, lo, hi, write, seen, line
 
     def hit(self, at: Array, size: int) -> Array:
         """Which accesses of `size` bytes at some positions touch it."""
@@ -95,6 +99,20 @@ class Pieces(Entry):
         return taken
 
 
+class Service:
+    """What a proxy fence has done: for words that lanes stored themselves (`own`), or that happen before it.
+
+    stores: records of these stores. after: lanes that have fenced after all of them; fences: when, as (tick, lane).
+    """
+
+    __slots__ = ("after", "fences", "own", "stores", "tick")
+
+    def __init__(self, tick: int, own: bool, stores: Array, nlanes: int) -> None:
+        self.tick, self.own, self.stores = tick, own, stores
+        self.after = np.zeros(nlanes, np.bool_)
+        self.fences: list[tuple[int, int]] = []
+
+
 class Flight:
     """The entries of a batch, by CTA."""
 
@@ -103,8 +121,11 @@ class Flight:
         self.entries: list[list[Entry]] = [[] for _ in range(batch.count)]
         self.hot: Array = np.zeros(0, np.uint8)  # flags of each word
         self.views: tuple[Array, ...] = ()
-        self.fenced: Array = np.zeros(0, I64)  # record of the fence that served a word
+        self.fenced: Array = np.zeros(0, I64)  # tick of the service of a word, as a record of `races.py`
+        self.services: dict[int, Service] = {}  # by tick; only the latest are kept, older ones count as ordered
         self.proxied = batch.program.proxied
+        if self.proxied:  # stores before the first operation need a fence too
+            self.start()
 
     def start(self) -> None:
         """From now on shared memory asks `check`."""
@@ -255,7 +276,7 @@ class Flight:
     def _explain(self, what: str, entry: Entry, write: bool) -> str:
         op = entry.op
         if op is None:
-            return f"{what}: {entry.what}"
+            return f"{what}: those are bytes of a live mbarrier, initialised at{self.batch.engine.place(entry.line)}"
         place = self.batch.engine.place(op.line)
         state = "has not completed" if op.state != 2 else "has completed, but this thread has not waited for it"
         if not entry.write:
@@ -318,7 +339,7 @@ class Flight:
                 self.drop(entry, span.cta)
         words = slice(lo >> 2, (hi + 3) >> 2)
         if not write and op.proxy == "async" and self.proxied:
-            self._check_fence(op, span, words, lanes)
+            self._check_fence(op, words, lanes)
         self.batch.shared.claim(lanes, lo, hi, write, f"{op.kind} on shared offset {span.lo:#x}", op.line)
         if write:
             self.hot[words] &= WRITING | READING
@@ -374,51 +395,98 @@ class Flight:
     # The proxies.
 
     def fence(self, lanes: Array) -> None:
-        """fence.proxy.async: serves the words whose last store happens before it."""
-        if not self.proxied or not len(self.hot):
+        """fence.proxy.async: serves the lanes' own stores, and those of others that happen before it."""
+        if not self.proxied:
             return
-        races = self.batch.races
-        tick = races.clock.tick()
-        stride = self.batch.shared.stride >> 2
-        for cta in np.unique(self.batch.cta[lanes]).tolist():
+        batch = self.batch
+        for service in self.services.values():
+            self._join(service, lanes)
+        stride = batch.shared.stride >> 2
+        for cta in np.unique(batch.cta[lanes]).tolist():
             words = np.nonzero(self.hot[cta * stride : (cta + 1) * stride] & UNFENCED)[0] + cta * stride
             if not len(words):
                 continue
-            writer, ticks = self.batch.shared.last_stores(words)
-            mine = lanes[self.batch.cta[lanes] == cta]
-            who = np.where(np.isin(writer, mine), writer, -1)
-            for lane in mine.tolist() if len(mine) <= 32 else mine[::32].tolist():
-                left = np.nonzero(who < 0)[0]
-                if not len(left):
-                    break
-                unordered = races.pairs_unordered(np.full(len(left), lane), ticks[left], writer[left])
-                done = np.ones(len(left), np.bool_)
-                done[unordered] = False
-                who[left[done]] = lane
-            served = who >= 0
-            self.hot[words[served]] &= WRITING | READING
-            self.fenced[words[served]] = (tick << 31) | who[served]
+            writers, ticks = batch.shared.last_stores(words)
+            here = lanes[batch.cta[lanes] == cta]
+            own = np.isin(writers, here)
+            self._serve(here, words[own], ticks[own], writers[own], True)
+            self._serve(here, words[~own], ticks[~own], writers[~own], False)
 
-    def _check_fence(self, op: Op, span: Span, words: slice, lanes: Array) -> None:
+    def _serve(self, lanes: Array, words: Array, ticks: Array, writers: Array, own: bool) -> None:
+        """Words that a fence of lanes serves: all if they are the lanes' own, else those that it comes after."""
+        if not own and len(words):
+            late = np.ones(len(words), np.bool_)
+            for lane in lanes[_heads(lanes)].tolist():
+                left = np.nonzero(late)[0]
+                late[left] = False
+                late[left[self.batch.races.pairs_unordered(np.full(len(left), lane), ticks[left], writers[left])]] = (
+                    True
+                )
+                if not late.any():
+                    break
+            words, ticks, writers = words[~late], ticks[~late], writers[~late]
+        if not len(words):
+            return
+        tick = self.batch.races.clock.tick()
+        service = Service(tick, own, np.unique(ticks << 31 | writers), self.batch.nlanes)
+        self._join(service, lanes)
+        self.services[tick] = service
+        if len(self.services) > SERVICES:
+            del self.services[next(iter(self.services))]
+        self.hot[words] &= WRITING | READING
+        self.fenced[words] = tick << 31
+
+    def _join(self, service: Service, lanes: Array) -> None:
+        """Note which of the lanes of a fence come after all stores of a service: they may issue an operation."""
+        if service.after[lanes].all():
+            return
+        stores = service.stores
+        for head in lanes[_heads(lanes)].tolist():
+            ticks, writers = stores >> 31, stores & ((1 << 30) - 1)
+            if not len(self.batch.races.pairs_unordered(np.full(len(stores), head), ticks, writers)):
+                service.after[lanes[lanes >> 5 == head >> 5]] = True
+                service.fences.append((self.batch.races.clock.tick(), head))
+
+    def _check_fence(self, op: Op, words: slice, lanes: Array) -> None:
+        """An op of the async proxy, issued by lanes, reads words: each needs a fence between its store and the op."""
         late = np.nonzero(self.hot[words] & UNFENCED)[0]
-        if not len(late):
-            records = np.unique(self.fenced[words])
-            records = records[records > 0]
-            if not len(records):
-                return
-            unordered = self.batch.races.pairs_unordered(
-                np.repeat(lanes[:1], len(records)), records >> 31, records & ((1 << 30) - 1)
-            )
-            if not len(unordered):
-                return
-            late = np.nonzero(self.fenced[words] == records[unordered[0]])[0]
-        word = words.start + int(late[0])
+        if len(late):
+            raise self._unfenced(op, words.start + int(late[0]))
+        records = self.fenced[words]
+        if int(records.max(initial=0)) < self.batch.races.limit:
+            return
+        for record in np.unique(records[records > 0]).tolist():
+            service = self.services.get(record >> 31)
+            if service is None:
+                continue
+            left = lanes[~service.after[lanes]]
+            left = left[self._unordered(left, service.fences)]
+            if not len(left):
+                continue
+            mine = words.start + np.nonzero(records == record)[0]
+            writers = np.unique(self.batch.shared.last_stores(mine)[0])
+            ticks = np.full(len(writers), service.tick)
+            for lane in left.tolist():
+                if not service.own or len(
+                    self.batch.races.pairs_unordered(np.full(len(writers), lane), ticks, writers)
+                ):
+                    raise self._unfenced(op, int(mine[0]))
+
+    def _unfenced(self, op: Op, word: int) -> LaneFault:
         offset = (word << 2) % self.batch.shared.stride + SHARED_FIRST
         writer, ticks = self.batch.shared.last_stores(np.array([word]))
         place = self.batch.engine.place(self.batch.races.clock.log[int(ticks[0])])
         cta, thread = self.batch.thread(int(writer[0]))
-        raise LaneFault(
+        return LaneFault(
             f"{op.kind} reads shared offset {offset:#x} through the async proxy, but no fence.proxy.async lies between "
             f"it and the store of CTA {cta}, thread {thread}, at{place}",
             np.zeros(1, I64),
         )
+
+
+def _heads(lanes: Array) -> Array:
+    """Positions of the first lane of each warp among lanes in order."""
+    first = np.ones(len(lanes), np.bool_)
+    np.not_equal(lanes[1:] >> 5, lanes[:-1] >> 5, out=first[1:])
+    found: Array = np.nonzero(first)[0]
+    return found

@@ -273,8 +273,9 @@ def is_wait(ins: Instr) -> bool:
 
 def is_sync(ins: Instr) -> bool:
     """Whether threads meet, or wait, at this instruction; a block starts there."""
-    meets = is_warp_sync(ins) or is_warpgroup_sync(ins) or is_wait(ins)
-    return meets or (ins.op in ("bar", "barrier") and "arrive" not in ins.mods)
+    if is_warp_sync(ins) or is_warpgroup_sync(ins) or is_wait(ins):
+        return True
+    return ins.op in ("bar", "barrier") and "arrive" not in ins.mods
 
 
 @dataclass(slots=True, eq=False)

@@ -6,7 +6,7 @@ import re
 
 from dsv4_rt.emulator.codegen import Emitter, Mods, handles
 from dsv4_rt.emulator.ir import Instr, Number, Operand, Reg, Vector
-from dsv4_rt.emulator.isa_memory import _base, address
+from dsv4_rt.emulator.isa_memory import address, space_target
 from dsv4_rt.emulator.mma import BYTES
 from dsv4_rt.emulator.wgmma import Form
 
@@ -90,10 +90,7 @@ def _matrix(e: Emitter, ins: Instr, m: Mods) -> None:
         raise m.refuse()
     _whole(e, ins)
     where = address(e, ins.args[1] if loads else ins.args[0], space.split("::")[0])
-    lanes = "" if e.full else "[L]"
-    memory, base = "B.shared", _base(e, f"B.shared_base{lanes}")
-    if space == "generic":
-        memory, base = "B.generic", f"({base}, {_base(e, f'B.local_base{lanes}')})"
+    memory, base = space_target(e, space.split("::")[0])
     common = f"{memory}, B.races, L, {where}, {base}, {ins.line}"
     if loads:
         found = e.temp(f"mma.load_matrices({common}, {count}, {transpose})")
@@ -123,10 +120,10 @@ def _wgmma(e: Emitter, ins: Instr, m: Mods) -> None:
     if e.namespace.get("target", "sm_90a") != "sm_90a":
         raise m.refuse(f"{ins.name} exists on sm_90a only, not on {e.namespace['target']}")
     m.flag("sync", "aligned")
-    e.observed.clear()
     if m.flag("fence"):
         _whole(e, ins)
         e.touched.clear()
+        e.after_fence = True
         e.emit("B.warpgroups.fence(L)")
     elif m.flag("commit_group"):
         _whole(e, ins)
@@ -179,8 +176,7 @@ def _wgmma_issue(e: Emitter, ins: Instr, m: Mods) -> None:
     names = tuple(reg.name for part in registers for reg in part)
     descriptors = ["None" if from_registers else e.fill(e.use(left, "b64")), e.fill(e.use(right, "b64"))]
     predicate = e.fill(e.use(scale, "pred"))
-    for reg in (*registers[0], *registers[1]):
-        e.flush(reg)
+    assert not {*registers[0], *registers[1]} & set(e.env)  # the block begins here: they are where blocks keep them
     form = f"f{len(e.namespace)}"
     negative = values[0] * values[1] < 0
     e.namespace[form] = Form(columns, depth, (a, b, d), negative, bool(mn_major[0]), bool(mn_major[1]))

@@ -31,7 +31,10 @@ def _tensor(e: Emitter, operand: Operand, rank: int) -> str:
 
 @handles("cp.async.bulk.tensor")
 def _copy(e: Emitter, ins: Instr, m: Mods) -> None:
-    """All forms of cp.*.tensor in tile mode; im2col, gather4 and scatter4 stay behind as modifiers not implemented."""
+    """All forms of cp.*.tensor in tile mode."""
+    for mod in ins.mods:
+        if mod.startswith(("im2col", "tile::")):
+            raise m.refuse(f"modifier .{mod} of {ins.name} is not implemented by the emulator")
     m.flag("async", "bulk", "tensor", "tile")
     dimension = m.choose(*_DIMENSIONS)
     if not dimension:

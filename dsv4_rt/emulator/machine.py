@@ -42,6 +42,7 @@ from dsv4_rt.emulator.ir import (
     liveness,
     maybe_unset,
     members,
+    results,
     sources,
 )
 from dsv4_rt.emulator.memory import SHARED_FIRST, Memory
@@ -307,9 +308,9 @@ def _slots(function: Function, blocks: list[Block], addresses: dict[int, int]) -
     crossing = 0
     for block in blocks:
         crossing |= block.live_in | block.live_out
-    tensor = {reg for block in blocks for ins in block.instrs if is_warpgroup_sync(ins) for reg in fragments(ins)}
-    for reg in tensor:
-        crossing |= 1 << reg.index
+    products = [ins for block in blocks for ins in block.instrs if is_warpgroup_sync(ins)]
+    tensor = {reg: False for ins in products for reg in fragments(ins)}
+    tensor |= {reg: True for ins in products for reg in results(ins)}
     unset = maybe_unset(blocks)
     read = {reg for block in blocks for ins in block.instrs for reg in sources(ins)}
     read |= {block.reg for block in blocks if block.reg is not None}

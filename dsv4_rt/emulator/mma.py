@@ -1,13 +1,14 @@
 """Tensor-core sums and fragments: what mma.sync and wgmma compute, bit for bit as an H200 does.
 
 A unit adds L products and the accumulator at once. With e the largest exponent among the addends (a product's is the
-sum of its factors' exponents, before normalising; a subnormal has the least normal exponent; zeros have none),
+sum of its factors' exponents, before normalising; a subnormal has the least normal exponent; zeros have none), at least
+-133,
 
     d = round(sum_i trunc(a_i b_i 2^(F-e)) + trunc(c 2^(F-e))) 2^(e-F)
 
 where trunc drops what lies below 2^(e-F), towards zero, the sum is exact, and the result is truncated to fp32 (or to
-13 mantissa bits of it) or rounded to nearest, ties to even, in fp16, where a zero is always +0. Subnormals are kept,
-NaN is canonical.
+13 mantissa bits of it) or rounded to nearest, ties to even, in fp16. Subnormals are kept, a zero is always +0, NaN is
+canonical.
 
     mma.sync and wgmma, f16, bf16, tf32     F = 25, L = all of k; tf32 operands lose their 13 low bits
     wgmma, e4m3, e5m2                       F = 13, L = 32; an fp32 result keeps 13 mantissa bits
@@ -24,6 +25,7 @@ ISA, "Matrix fragments".
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -43,6 +45,7 @@ F32, F64, I16, I32, I64, U16, U32, U64 = (
 BYTES = {"f16": 2, "bf16": 2, "tf32": 4, "e4m3": 1, "e5m2": 1, "s8": 1, "u8": 1, "f32": 4, "s32": 4, "f64": 8}
 _NAN = {"f32": 0x7FFFFFFF, "f16": 0x7FFF}
 _NEVER = -4096  # the exponent of zero
+_LEAST = -133  # no unit aligns to a smaller exponent: seen on an H200, where the accumulator is zero
 _CHUNK = 1 << 16  # products at a time: their arrays stay in a core's cache
 
 
@@ -154,6 +157,17 @@ def dot(
     return _round(total, special, types[2], unit)
 
 
+_kept = threading.local()
+
+
+def _workspace(shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """Arrays for products and words of a shape, kept: fresh pages would cost more than the arithmetic."""
+    found: tuple[Array, Array] | None = getattr(_kept, "arrays", None)
+    if found is None or found[0].shape != shape:
+        found = _kept.arrays = np.empty(shape, F32), np.empty(shape, I32)
+    return found
+
+
 def _sum_in_words(
     va: Array, vb: Array, vc: Array, ea: Array, eb: Array, ec: Array, unit: Unit
 ) -> Array | None:
@@ -186,8 +200,7 @@ def _sum_in_words(
     scale = ((fraction + 127 - largest) << 23).view(F32)
     total = np.trunc(vc * scale)
     rows = max(1, _CHUNK // (k * n * x))
-    product = np.empty((k, min(rows, m), n, x), F32)
-    words = np.empty(product.shape, I32)
+    product, words = _workspace((k, min(rows, m), n, x))
     for at in range(0, m, rows):
         some = slice(at, min(at + rows, m))
         p, w = product[:, : some.stop - at], words[:, : some.stop - at]
@@ -205,7 +218,7 @@ def _sum_in_doubles(va: Array, vb: Array, vc: Array, ea: Array, eb: Array, ec: A
     wide_a, wide_b = va.astype(F64), vb.astype(F64)
     for i in range(m):
         largest = np.maximum((ea[:, i, None] + eb).max(axis=0).astype(I32), ec[i])
-        largest = np.maximum(largest, -300)
+        largest = np.maximum(largest, _LEAST)
         scale = _power(fraction - largest)
         words = np.trunc(wide_a[:, i, None] * wide_b * scale).sum(axis=0) + np.trunc(vc[i] * scale)
         total[i] = words * _power(largest - fraction)
@@ -223,7 +236,7 @@ def _round(total: Array, special: Array | None, ty: str, unit: Unit) -> Array:
         tiny = np.abs(total) < 2.0**-126
         if tiny.any():
             least = 2.0 ** (-126 - unit.mantissa)
-            kept = np.where(tiny, np.trunc(total / least) * least, kept)
+            kept = np.where(tiny, np.trunc(total / least) * least + 0.0, kept)  # -0 becomes +0
         found = kept.astype(F32).view(U32)
     if special is not None:
         value = special.astype(np.float16).view(U16) if ty == "f16" else special.astype(F32).view(U32)
@@ -295,10 +308,8 @@ def result_index(rows: int, columns: int, lanes: int) -> Array:
 
 
 def team(registers: Sequence[Array], ty: str, lanes: int) -> Array:
-    """Registers of lanes as elements: [teams, elements of a team], lane by lane."""
-    if not registers:
-        return np.zeros((0, 0), U32)
-    stacked = np.ascontiguousarray(np.stack(np.broadcast_arrays(*registers), axis=1))
+    """Registers, each over all lanes, as elements: [teams, elements of a team], lane by lane."""
+    stacked = np.array(registers).T.copy()
     return stacked.view(element_type(ty)).reshape(-1, lanes * len(registers) * stacked.itemsize // BYTES[ty])
 
 
@@ -320,13 +331,13 @@ def warp_mma(
     """mma.sync of the warps among n lanes: registers of a, b and c -> registers of d."""
     rows, columns, depth = shape
     warps = n // 32
-    teams = [team([np.broadcast_to(r, n) for r in regs], ty, 32) for regs, ty in zip((a, b, c), types, strict=True)]
-    at = np.moveaxis(teams[0][:, factor_index(rows, depth, BYTES[types[0]], 32)], 0, 2)
-    bt = np.moveaxis(teams[1][:, factor_index(columns, depth, BYTES[types[1]], 32)], 0, 2)
+    teams = [team(regs, ty, 32) for regs, ty in zip((a, b, c), types, strict=True)]
+    at = teams[0][:, factor_index(rows, depth, BYTES[types[0]], 32)].transpose(1, 2, 0)
+    bt = teams[1][:, factor_index(columns, depth, BYTES[types[1]], 32)].transpose(1, 2, 0)
     index = result_index(rows, columns, 32)
     flat = np.empty((warps, rows * columns), teams[2].dtype)
     flat[:, index.reshape(-1)] = teams[2]
-    ct = np.moveaxis(flat.reshape(warps, rows, columns), 0, 2)
+    ct = flat.reshape(warps, rows, columns).transpose(1, 2, 0)
     at, bt, ct = (np.ascontiguousarray(each) for each in (at, bt, ct))
     if types[2] == "s32":
         found = _dot_integers(at, bt, ct, types, saturate)
@@ -336,7 +347,7 @@ def warp_mma(
         found = _dot_fp8_by_f16(at, bt, ct, types)
     else:
         found = dot(at, bt, ct, types)
-    flat = np.moveaxis(found, 2, 0).reshape(warps, -1)
+    flat = found.transpose(2, 0, 1).reshape(warps, -1)
     return untied(flat[:, index], 32, U64 if types[2] == "f64" else U32)
 
 

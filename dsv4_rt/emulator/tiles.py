@@ -9,7 +9,8 @@ there, and a matrix that lies wholly in such pieces must be made of them in orde
     MN-major   the rows of the tile are the k: each k one row, the same for all pieces of one tile, none there twice
     A and B    both K-major, of tiles with rows of equal size: they begin at the same byte of these rows
 
-A matrix with a piece of unknown origin is not looked at. That what one product takes from A belongs to what it takes
+A matrix with a piece of unknown origin is not looked at, nor one of a tile that came without a swizzle: its rows may
+have been permuted beforehand. That what one product takes from A belongs to what it takes
 from B beyond that (which tiles, which step of the loop) is not known here.
 """
 
@@ -49,7 +50,10 @@ class Tiles:
         self.right: dict[tuple[int, int, int, bool], Array] = {}  # marks of a matrix less its first that are in order
 
     def put(self, at: Array, line: int, row_bytes: int) -> None:
-        """A copy has written its pieces, row by row, to these places."""
+        """A copy has written its pieces, row by row, to these places; row_bytes is 0 for a tile without a swizzle."""
+        if not row_bytes:
+            self.marks[at] = 0
+            return
         pieces = np.arange(len(at))
         across = row_bytes // 16
         self.marks[at] = (len(self.copies) << _PIECE) + (pieces // across << _ROW) + pieces % across

@@ -22,12 +22,13 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
-from dsv4_rt.emulator import atomics, tensormap
+from dsv4_rt.emulator import tensormap
 from dsv4_rt.emulator.async_ import Op, Span
+from dsv4_rt.emulator.copies import reduce
 from dsv4_rt.emulator.descriptors import swizzle
 from dsv4_rt.emulator.memory import SHARED_FIRST, LaneFault
 from dsv4_rt.emulator.tensormap import SWIZZLES, TileMap
-from dsv4_rt.errors import EmulatorError
+from dsv4_rt.errors import EmulatorError, UnsupportedInstruction
 
 if TYPE_CHECKING:
     from dsv4_rt.emulator.batch import Batch
@@ -37,6 +38,7 @@ KIND, REDUCE = "cp.async.bulk.tensor", "cp.reduce.async.bulk.tensor"
 PATTERN = 1024  # bytes after which every swizzle repeats
 NAN_FILL = 0x7FF7  # in every 16 bits
 MAX_SPANS = 64  # more separate stretches of a tile are told to the checks as one
+CHUNK = np.complex128  # 16 bytes that NumPy moves as one; nobody computes with them
 _FULL = np.uint64(0x0101010101010101)  # "written" flags of 8 bytes
 # Reduction -> element types it takes; the rest stops an H200 with an illegal instruction.
 REDUCTIONS: dict[str, tuple[str, ...]] = {
@@ -54,6 +56,7 @@ class Chunks:
     at: Array
     runs: tuple[tuple[int, int], ...]  # contiguous byte ranges [lo, hi)
     end: int  # the last byte + 1
+    whole: bool  # the ranges have no holes
 
 
 @lru_cache(maxsize=1024)
@@ -65,15 +68,16 @@ def chunks(rows: int, row_bytes: int, width: int, start: int) -> Chunks:
     at.flags.writeable = False
     order = np.sort(at)
     breaks = np.nonzero(np.diff(order) != 1)[0]
-    if len(breaks) >= MAX_SPANS:
+    whole = len(breaks) < MAX_SPANS
+    if not whole:
         breaks = breaks[:0]
     first = order[np.concatenate([[0], breaks + 1])] * 16
     last = order[np.concatenate([breaks, [len(order) - 1]])] * 16 + 16
-    return Chunks(at, tuple(zip(first.tolist(), last.tolist(), strict=True)), int(order[-1]) * 16 + 16)
+    return Chunks(at, tuple(zip(first.tolist(), last.tolist(), strict=True)), int(order[-1]) * 16 + 16, whole)
 
 
 @dataclass(frozen=True)
-class Tile:
+class Box:
     """A box of a tensor at coordinates, clipped: its global bytes, and which of the box's bytes they are."""
 
     first: int  # address of the first byte inside
@@ -84,7 +88,7 @@ class Tile:
     box: tuple[int, ...]  # of all bytes of the box
 
 
-def clip(m: TileMap, coords: tuple[int, ...], out: bool = False) -> Tile:
+def clip(m: TileMap, coords: tuple[int, ...], out: bool = False) -> Box:
     """The part of a box that lies in the tensor; of a box that goes out, to whole 16 bytes.
 
     Raises:
@@ -105,7 +109,7 @@ def clip(m: TileMap, coords: tuple[int, ...], out: bool = False) -> Tile:
         lo = max(0, -(coords[axis] // step))
         hi = min(m.counts[axis], -((coords[axis] - m.shape[axis]) // step))
         if hi <= lo:
-            return Tile(m.address, 0, (), (), (), _box(m))
+            return Box(m.address, 0, (), (), (), _box(m))
         if axis == 0:
             if out:
                 per_chunk = 128 // bits
@@ -124,7 +128,7 @@ def clip(m: TileMap, coords: tuple[int, ...], out: bool = False) -> Tile:
             inside.append(slice(lo, hi))
             box.append(m.counts[axis])
             extent += (hi - lo - 1) * stride * step
-    return Tile(
+    return Box(
         first, extent, tuple(shape[::-1]), tuple(strides[::-1]), tuple(inside[::-1]), tuple(box[::-1])
     )  # fmt: skip
 
@@ -133,19 +137,31 @@ def _box(m: TileMap) -> tuple[int, ...]:
     return (*m.counts[:0:-1], m.row_bytes)
 
 
-def _view(batch: Batch, tile: Tile, write: bool) -> Array:
+def overlaps(tile: Box) -> bool:
+    """Whether a byte of the tile may have more than one place in the box."""
+    reach = 0
+    for stride, n in sorted(zip(tile.strides, tile.shape, strict=True)):
+        if n > 1 and stride <= reach:
+            return True
+        reach += stride * (n - 1)
+    return False
+
+
+def _view(batch: Batch, tile: Box, write: bool) -> Array:
     """The clipped tile in global memory, in place, as bytes."""
     return as_strided(batch.memory.span(tile.first, tile.nbytes, write), tile.shape, tile.strides)
 
 
-def gather(batch: Batch, m: TileMap, tile: Tile) -> Array:
+def gather(batch: Batch, m: TileMap, tile: Box) -> Array:
     """The bytes of a box, elements outside filled."""
     if m.oob_fill == "nan":
         found = np.full(tile.box[:-1] + (tile.box[-1] // 2,), NAN_FILL, np.uint16).view(np.uint8)
     else:
         found = np.zeros(tile.box, np.uint8)
     if tile.nbytes:
-        found[tile.inside] = _view(batch, tile, False)
+        view = _view(batch, tile, False)
+        batch.memory.check_written(view, max(1, m.bits // 8))
+        found[tile.inside] = view
         if m.dtype == "tf32":
             part = np.ascontiguousarray(found[tile.inside]).view(np.uint32)
             found[tile.inside] = to_tf32(part).view(np.uint8)
@@ -178,22 +194,22 @@ def load(
             m = map_at(batch, int(tensor[i]), len(coords))
             tile = clip(m, _signed(coords, i))
             if tile.nbytes:
-                _view(batch, tile, False)
-            (cta,), (offset,) = engine.locate(lanes[one], to[one], 1, 128, False, f"{KIND} destination")
-            where = chunks(m.rows, m.row_bytes, SWIZZLES[m.swizzle], int(offset) % PATTERN)
-            start = int(offset) - int(offset) % PATTERN
-            engine.locate(lanes[one], to[one], start + where.end - int(offset), 128, False, f"{KIND} destination")
+                batch.memory.span(tile.first, tile.nbytes, False)
+            cta, start, where = _locate(batch, lanes[one], to[one], m, f"{KIND} destination")
             (owner,), (bar,) = engine.locate(lanes[one], barrier[one], 8, 8, False, f"{KIND} mbarrier")
-            targets = [(int(cta), int(owner))]
+            targets = [(cta, int(owner))]
             if masks is not None:
                 targets = [(each, each) for each in _named(batch, int(lanes[i]), int(masks[i]))]
             spans, barriers = [], []
             for each, home in targets:
+                if batch.clusters is not None:
+                    batch.clusters.touch(lanes[one], np.array([each]), line)
                 at = batch.mbarriers.position(home, int(bar))
+                batch.mbarriers.find(at, lanes[one], slice(None), KIND)
                 spans += [Span(each, start + lo, start + hi) for lo, hi in where.runs]
                 barriers += [(at, 0)] * (len(where.runs) - 1) + [(at, m.transaction_bytes)]
 
-            def read(m: TileMap = m, tile: Tile = tile) -> Array:
+            def read(m: TileMap = m, tile: Box = tile) -> Array:
                 return gather(batch, m, tile)
 
             def write(
@@ -201,9 +217,7 @@ def load(
                 where: Chunks = where,
             ) -> None:
                 for each, _ in targets:
-                    _fill(batch, each, start, where, data)
-                    if batch.shared.tiles is not None:
-                        batch.shared.tiles.put(_places(batch, each, start, where), line, m.row_bytes)
+                    _fill(batch, each, start, where, data, line, m)
 
             engine.issue(Op(KIND, line, int(lanes[i]), [], spans, read, write, barriers=barriers))
         except LaneFault as error:
@@ -222,18 +236,18 @@ def store(
             if op and m.dtype not in REDUCTIONS[op]:
                 raise _fault(f"{REDUCE}.{op} of {m.dtype}; it takes {', '.join(REDUCTIONS[op])}")
             tile = clip(m, _signed(coords, i), True)
+            if op and overlaps(tile):
+                what = f"{REDUCE}.{op} to a tensor whose elements overlap is not implemented by the emulator"
+                raise UnsupportedInstruction(what)
             if tile.nbytes:
-                _view(batch, tile, True)
-            (cta,), (offset,) = engine.locate(lanes[one], source[one], 1, 128, False, f"{kind} source")
-            where = chunks(m.rows, m.row_bytes, SWIZZLES[m.swizzle], int(offset) % PATTERN)
-            start = int(offset) - int(offset) % PATTERN
-            engine.locate(lanes[one], source[one], start + where.end - int(offset), 128, False, f"{kind} source")
-            spans = [Span(int(cta), start + lo, start + hi) for lo, hi in where.runs]
+                batch.memory.span(tile.first, tile.nbytes, True)
+            cta, start, where = _locate(batch, lanes[one], source[one], m, f"{kind} source")
+            spans = [Span(cta, start + lo, start + hi) for lo, hi in where.runs]
 
-            def read(cta: int = int(cta), start: int = start, where: Chunks = where, tile: Tile = tile) -> Array:
+            def read(cta: int = cta, start: int = start, where: Chunks = where, tile: Box = tile) -> Array:
                 return _take(batch, cta, start, where, tile)
 
-            def write(data: Array, m: TileMap = m, tile: Tile = tile) -> None:
+            def write(data: Array, m: TileMap = m, tile: Box = tile) -> None:
                 _put(batch, m, tile, data, op)
 
             engine.issue(Op(kind, line, int(lanes[i]), spans, [], read, write, group="bulk"))
@@ -292,6 +306,18 @@ def map_at(batch: Batch, address: int, rank: int) -> TileMap:
     return m
 
 
+def _locate(batch: Batch, lane: Array, address: Array, m: TileMap, what: str) -> tuple[int, int, Chunks]:
+    """(CTA of the batch, shared offset of the pattern's start, chunks) of a lane's tile in shared memory."""
+    (cta,), (offset,) = batch.engine.locate(lane, address, 1, 128, False, what)
+    inside = int(offset) % PATTERN
+    where = chunks(m.rows, m.row_bytes, SWIZZLES[m.swizzle], inside)
+    start = int(offset) - inside
+    if start + where.end > SHARED_FIRST + batch.shared.size:
+        size = start + where.end - int(offset)
+        batch.engine.locate(lane, address, size, 128, False, what)  # says what is out of bounds
+    return int(cta), start, where
+
+
 def _named(batch: Batch, lane: int, mask: int) -> list[int]:
     """The CTAs of the batch that a multicast mask names."""
     size = batch.cluster_size
@@ -312,38 +338,39 @@ def _places(batch: Batch, cta: int, start: int, where: Chunks) -> Array:
     return found
 
 
-def _fill(batch: Batch, cta: int, start: int, where: Chunks, data: Array) -> None:
-    if batch.clusters is not None:
-        batch.clusters.check_alive(cta)
-    at, shared = _places(batch, cta, start, where), batch.shared
-    shared.views[3].reshape(-1, 2)[at] = data.reshape(-1).view(np.uint64).reshape(-1, 2)
-    shared.written[3].reshape(-1, 2)[at] = _FULL
+def _fill(batch: Batch, cta: int, start: int, where: Chunks, data: Array, line: int, m: TileMap) -> None:
+    shared, at = batch.shared, _places(batch, cta, start, where)
+    shared.views[3].view(CHUNK)[at] = data.reshape(-1).view(CHUNK)
+    if shared.tiles is not None:
+        shared.tiles.put(at, line, m.row_bytes if SWIZZLES[m.swizzle] else 0)
+    begin = cta * shared.stride + start - SHARED_FIRST
+    if where.whole:
+        for lo, hi in where.runs:
+            shared.written[3][begin + lo >> 3 : begin + hi >> 3] = _FULL
+    else:
+        shared.written[3].reshape(-1, 2)[at] = _FULL
     shared.version += 1
 
 
-def _take(batch: Batch, cta: int, start: int, where: Chunks, tile: Tile) -> Array:
+def _take(batch: Batch, cta: int, start: int, where: Chunks, tile: Box) -> Array:
     """The bytes of a box from shared memory; those that go somewhere must have been written."""
     at, shared = _places(batch, cta, start, where), batch.shared
     if tile.nbytes:
-        flags = shared.written[3].reshape(-1, 2)[at]
+        flags = shared.written[3].view(CHUNK)[at].view(np.uint64)
         if not bool((flags == _FULL).all()):
             missing = flags.view(np.uint8).reshape(tile.box)[tile.inside] == 0
             if missing.any():
                 raise _fault(f"{KIND} reads uninitialised shared memory: {int(missing.sum())} bytes of its tile")
-    found: Array = shared.views[3].reshape(-1, 2)[at].view(np.uint8).reshape(tile.box)
+    found: Array = shared.views[3].view(CHUNK)[at].view(np.uint8).reshape(tile.box)
     return found
 
 
-def _put(batch: Batch, m: TileMap, tile: Tile, data: Array, op: str) -> None:
+def _put(batch: Batch, m: TileMap, tile: Box, data: Array, op: str) -> None:
     if not tile.nbytes:
         return
     view, part = _view(batch, tile, True), data[tile.inside]
     if op:
-        width = np.dtype(f"u{m.bits // 8}")
-        old, new = (np.ascontiguousarray(each).view(width).reshape(-1) for each in (view, part))
-        ftz = m.dtype == "f32"  # as atomics on global memory do
-        kind = "add.raw" if m.dtype == "f64" else op
-        part = atomics.apply(kind, m.dtype, old, (new,), ftz).astype(width).view(np.uint8).reshape(part.shape)
+        part = reduce(op, m.dtype, view, part, True).reshape(part.shape)
     view[...] = part
     batch.memory.mark_written(tile.first, tile.nbytes)
     batch.memory.version += 1

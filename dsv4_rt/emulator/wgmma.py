@@ -4,11 +4,12 @@ An operation is one instruction of one warpgroup: an `Op` of the engine that rea
 descriptors, or A's registers) and adds to the accumulator when the schedule says. Operations of a warpgroup run in
 order. What is checked besides the shared memory (`inflight.py`):
 
-    registers in flight     the accumulator and A's fragments, from issue until this warp's wgmma.wait_group that covers
-                            the operation; touching one is an error, except by operations of the same shape that
-                            accumulate in the same registers
+    registers in flight     from issue until this warp's wgmma.wait_group that covers the operation. Reading or writing
+                            its accumulator is an error, except by operations of the same shape that accumulate in the
+                            same registers; writing its A fragments is one, reading them does no harm
     wgmma.fence             due before a warpgroup's first operation, and after every access to a register that an
-                            operation uses; a mov does not count, since compilers put copies and constants anywhere
+                            operation uses. What compilers move past a fence does not count: copies and constants;
+                            arithmetic between the fence and the operation; arithmetic that makes A fragments
     descriptors             the same in all 128 threads, no reserved bits, all within the CTA's shared memory
 
 One warp's wait says that the operation is over for the whole warpgroup, as CUTLASS assumes when one thread of a
@@ -115,6 +116,7 @@ class Warpgroups:
         self.flying = 0  # operations not waited for by all their warps
         self.running: dict[int, list[Running]] = {}  # by first lane of the warpgroup
         self.last: dict[int, Op] = {}
+        self.places: dict[tuple[int, int, int, bool], tuple[Array, list[tuple[int, int]]]] = {}  # by descriptor
         self.entries: dict[tuple[int, int, int], Entry] = {}  # the latest that reads a range, by (first lane, range)
         warps = batch.nlanes // 32
         self.committed = np.zeros(warps, np.int64)
@@ -186,10 +188,13 @@ class Warpgroups:
             self.batch.engine.wait([r.op for r in due], mine)
             warps = mine >> 5
             for each in due:
-                for marks, slots in zip(self._marks(each.registers), (each.accumulator, each.factor), strict=False):
-                    part = marks[slots[:, None], warps]
-                    marks[slots[:, None], warps] = np.where(part == each.number, 0, part)
-                if not self._marks(each.registers)[0][each.accumulator[:, None], warps].any():
+                accumulating, reading, _ = self._marks(each.registers)
+                if len(each.factor):
+                    part = reading[each.factor[:, None], warps]
+                    reading[each.factor[:, None], warps] = np.where(part == each.number, 0, part)
+                # Operations in flight share all of an accumulator or nothing.
+                if accumulating[each.accumulator[0], warps[0]] == each.number:
+                    accumulating[each.accumulator[:, None], warps] = 0
                     self._settle(owner, each.registers, each.accumulator)
                 each.waiting.difference_update(warps.tolist())
                 if not each.waiting:
@@ -262,7 +267,8 @@ class Warpgroups:
     ) -> None:  # fmt: skip
         batch, first = self.batch, int(lanes[0])
         warps = lanes[::32] >> 5
-        self._check_registers(lanes, warps, registers, form, names, accumulator, factor)
+        four = slice(int(warps[0]), int(warps[0]) + TEAM // 32)
+        self._check_registers(four, registers, form, names, accumulator, factor)
         cta = int(batch.cta[first])
         self.issued.append((line, form, accumulator))
         number = len(self.issued)
@@ -296,7 +302,7 @@ class Warpgroups:
         after = before if before is not None and before.state != DONE else None
         op = Op("wgmma", line, first, reads, [], read, write, after=after, parties=tuple(lanes[::32].tolist()))
         for marks, slots in zip(self._marks(registers), (accumulator, factor), strict=False):
-            marks[slots[:, None], warps] = number
+            marks[slots, four] = number
         serial = int(self.committed[warps[0]])
         running = Running(op, number, serial, registers, accumulator, factor, set(warps.tolist()))
         self.running.setdefault(first, []).append(running)
@@ -315,7 +321,7 @@ class Warpgroups:
             self.entries[key] = entry
 
     def _check_registers(
-        self, lanes: Array, warps: Array, registers: list[Array], form: Form, names: tuple[str, ...],
+        self, warps: slice, registers: list[Array], form: Form, names: tuple[str, ...],
         accumulator: Array, factor: Array,
     ) -> None:  # fmt: skip
         everyone = np.arange(TEAM)
@@ -323,17 +329,17 @@ class Warpgroups:
         if not self.fenced[warps].all():
             raise LaneFault("wgmma.mma_async without a wgmma.fence before the warpgroup's first one", everyone)
         slots = np.concatenate([accumulator, factor])
-        late = touched[slots[:, None], warps].max(axis=1)
+        late = touched[slots, warps]
         if late.any():
+            late = late.max(axis=1)
             at = int(np.argmax(late > 0))
             raise LaneFault(
                 f"missing wgmma.fence: register {names[at]} was accessed since the last one, at"
-                f"{self.batch.engine.place(int(late[at]))}\n"
-                '    (a compiler may move arithmetic past the fence; asm volatile("" : "+f"(x)) on each x keeps it before)',
+                f"{self.batch.engine.place(int(late[at]))}",
                 everyone,
             )
-        numbers = accumulating[accumulator[:, None], warps].max(axis=1)
-        for number in np.unique(numbers[numbers > 0]).tolist():
+        numbers = accumulating[accumulator, warps].max(axis=1)
+        for number in set(numbers[numbers > 0].tolist()):
             _, other, slots = self.issued[number - 1]
             alike = (other.columns, other.depth, other.types[2]) == (form.columns, form.depth, form.types[2])
             if not alike or not np.array_equal(slots, accumulator):
@@ -342,7 +348,7 @@ class Warpgroups:
         for marks, mine, what, shift in (
             (accumulating, factor, "accumulator", len(accumulator)), (reading, accumulator, "A fragment", 0)
         ):  # fmt: skip
-            numbers = marks[mine[:, None], warps].max(axis=1, initial=0)
+            numbers = marks[mine, warps].max(axis=1)
             if numbers.any():
                 at = int(np.argmax(numbers > 0))
                 self._raise_in_flight(names[shift + at], what, int(numbers[at]), everyone)
@@ -351,6 +357,14 @@ class Warpgroups:
         self, word: int, what: str, rows: int, depth: int, size: int, mn_major: bool
     ) -> tuple[Array, list[tuple[int, int]]]:
         """(element addresses, byte ranges) of a matrix, which must lie in shared memory."""
+        key = (word, rows, size, mn_major)
+        if key not in self.places:
+            self.places[key] = self._find(word, what, rows, depth, size, mn_major)
+        return self.places[key]
+
+    def _find(
+        self, word: int, what: str, rows: int, depth: int, size: int, mn_major: bool
+    ) -> tuple[Array, list[tuple[int, int]]]:
         d = decode(word)
         # The pattern repeats every 1024 bytes of address.
         base = d.start & ~1023

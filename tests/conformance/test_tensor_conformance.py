@@ -56,7 +56,8 @@ def test_one_wrong_bit_and_one_wrong_operand_show():
 
 
 def test_operands_cover_what_descriptors_can_say():
-    words = np.concatenate([inputs(form)["e"].reshape(CTAS, 4)[:, :2].reshape(-1) for form in FORMS if form.n])
+    some = [form for form in FORMS if form.n][::4]
+    words = np.concatenate([inputs(form)["e"].reshape(CTAS, 4)[:, :2].reshape(-1) for form in some])
     swizzles, offsets = words >> np.uint64(62), words >> np.uint64(49) & np.uint64(7)
     assert set(swizzles.tolist()) == {0, 1, 2, 3}
     for mode, pattern in ((1, 1024), (2, 512), (3, 256)):

@@ -68,18 +68,21 @@ class Case:
         extent = self.size + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
         tensor = rng.integers(0, 256, -(-extent // 256) * 256 + 256, np.uint8)
         shared = rng.integers(0, 256, BYTES, np.uint8)
-        if self.op in ("add", "min", "max") and self.dtype in FLOATS:  # of like sizes, so that sums round and compare
-            tensor, shared = (_floats(rng, len(each), self.dtype) for each in (tensor, shared))
+        if self.op in ("add", "min", "max") and self.dtype in FLOATS:
+            tensor, shared = (_floats(rng, each, self.dtype) for each in (tensor, shared))
         return tensor, shared
 
 
-def _floats(rng: np.random.Generator, nbytes: int, dtype: str) -> np.ndarray:
-    width = DTYPES[dtype] // 8
-    values = rng.standard_normal(nbytes // width) * 2.0 ** rng.integers(-6, 7, nbytes // width)
-    values[:: 17] = rng.choice([0.0, -0.0, np.inf, -np.inf, 1e-40, -1e-7], len(values[::17]))
-    if dtype == "bf16":
-        return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
-    return values.astype({"f16": np.float16, "f32": np.float32, "f64": np.float64}[dtype]).view(np.uint8)
+def _floats(rng: np.random.Generator, memory: np.ndarray, dtype: str) -> np.ndarray:
+    """Random bits, a third of them of one size, so that sums round, and a third subnormal or nearly so."""
+    bits, fraction = DTYPES[dtype], {"f16": 10, "bf16": 7, "f32": 23, "f64": 52}[dtype]
+    words = memory.view(f"u{bits // 8}").copy()
+    word = words.dtype.type
+    rest, sign = word((1 << fraction) - 1), word(1 << bits - 1)
+    pick = rng.integers(0, 3, len(words))
+    near = words & (rest | sign) | word((1 << bits - 2) - (1 << fraction)) + (words >> word(bits - 3) << word(fraction))
+    tiny = words & (rest | sign | word(1 << fraction))
+    return np.where(pick == 0, words, np.where(pick == 1, near, tiny)).view(np.uint8)
 
 
 def case(rng: np.random.Generator, op: str = "", dtype: str = "") -> Case:
@@ -153,7 +156,8 @@ def _elements(memory: np.ndarray, at: np.ndarray, size: int) -> np.ndarray:
 
 def _tf32(bits: np.ndarray) -> np.ndarray:
     """float32 rounded to 10 bits of mantissa through float64, NaN as an H200 writes it."""
-    values = bits.view(np.float32).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # signalling NaN are ordinary operands
+        values = bits.view(np.float32).astype(np.float64)
     ulp = 2.0 ** (np.maximum(np.frexp(values)[1], -125) - 11)
     with np.errstate(all="ignore"):
         rounded = (np.rint(values / ulp) * ulp).astype(np.float32)
@@ -197,15 +201,32 @@ def exact_in_numpy(c: Case) -> bool:
 # On a device.
 
 
-def tensor_map(c: Case, buffer: object) -> TensorMap:
-    """The map over a buffer of bytes on the device."""
+def strided(buffer: object, dtype: object, shape: tuple[int, ...], strides: tuple[int, ...]) -> object:
+    """A view of a buffer of bytes on a device."""
     if isinstance(buffer, np.ndarray):
         from numpy.lib.stride_tricks import as_strided
     else:
         from cupy.lib.stride_tricks import as_strided
-    dtype = "f4" if c.dtype == "tf32" else f"u{c.size}"
-    array = as_strided(buffer.view(dtype), c.shape, c.strides)
+    return as_strided(buffer.view(dtype), shape, strides)
+
+
+def tensor_map(c: Case, buffer: object) -> TensorMap:
+    """The map over a buffer of bytes on the device."""
+    array = strided(buffer, "f4" if c.dtype == "tf32" else f"u{c.size}", c.shape, c.strides)
     return TensorMap(array, c.box, dtype=c.dtype, element_strides=c.steps, swizzle=c.swizzle, oob_fill=c.fill)
+
+
+def image(
+    device: dsv4_rt.Device, given: TensorMap, coords: tuple[int, ...], start: int, nbytes: int, in_global: bool = False
+) -> np.ndarray:
+    """Shared memory after a load of the tile at coordinates, in the order of the array's axes."""
+    rank = len(coords)
+    out = device.array(np.zeros(BYTES // 4, np.uint32))
+    name = f"tile_load_global<{rank}>" if in_global else f"tile_load<{rank}>"
+    tiles = device.array(np.frombuffer(given.encode(device), np.uint8)) if in_global else given
+    numbers = [np.uint32(start), np.uint32(nbytes), *(np.int32(n) for n in (*coords[::-1], *[0] * (5 - rank)))]
+    load(SOURCE, name, device).launch(1, 128, tiles, out, *numbers, shared=BYTES + 1024)
+    return device.numpy(out).view(np.uint8)
 
 
 def run(c: Case, device: dsv4_rt.Device, in_global: bool = False) -> np.ndarray:
@@ -214,15 +235,10 @@ def run(c: Case, device: dsv4_rt.Device, in_global: bool = False) -> np.ndarray:
     buffer = device.array(tensor)
     tiles = tensor_map(c, buffer)
     assert tiles.transaction_bytes == c.transaction_bytes
+    if c.op == "load":
+        return image(device, tiles, c.coords, c.start, c.transaction_bytes, in_global)
     rank = len(c.shape)
     coords = [np.int32(n) for n in (*c.coords[::-1], *[0] * (5 - rank))]
-    if c.op == "load":
-        out = device.array(np.zeros(BYTES // 4, np.uint32))
-        name = f"tile_load_global<{rank}>" if in_global else f"tile_load<{rank}>"
-        given = device.array(np.frombuffer(tiles.encode(device), np.uint8)) if in_global else tiles
-        sizes = (np.uint32(c.start), np.uint32(c.transaction_bytes))
-        load(SOURCE, name, device).launch(1, 128, given, out, *sizes, *coords, shared=BYTES + 1024)
-        return device.numpy(out).view(np.uint8)
     name = f"tile_{c.op}<{rank}>"
     given = device.array(shared.view(np.uint32))
     load(SOURCE, name, device).launch(1, 128, tiles, given, np.uint32(c.start), *coords, shared=BYTES + 1024)

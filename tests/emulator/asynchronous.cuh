@@ -37,3 +37,16 @@ template <int BYTES> __device__ void copy(void* to, const void* from, u32 valid 
 }
 __device__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> __device__ void copy_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
+__device__ u32 cluster_rank() { u32 r; asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return r; }
+__device__ void cluster_sync() { asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory"); }
+__device__ u32 at_rank(const void* p, u32 rank) { u32 r; asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(smem(p)), "r"(rank)); return r; }
+__device__ void remote_arrive(u64* b, u32 rank) { asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" :: "r"(at_rank(b, rank)) : "memory"); }
+__device__ void cluster_wait(u64* b, u32 parity) {
+    asm volatile("{\n .reg .pred P;\nWAIT:\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 P, [%0], %1;\n @P bra DONE;\n bra WAIT;\nDONE:\n}" :: "r"(smem(b)), "r"(parity) : "memory");
+}
+__device__ void bulk_load_multicast(void* to, const void* from, u32 bytes, u64* b, unsigned short mask) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" :: "r"(smem(to)), "l"(from), "r"(bytes), "r"(smem(b)), "h"(mask) : "memory");
+}
+__device__ void bulk_copy_to(u32 rank, void* to, const void* from, u32 bytes, u64* b) {
+    asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" :: "r"(at_rank(to, rank)), "r"(smem(from)), "r"(bytes), "r"(at_rank(b, rank)) : "memory");
+}

@@ -52,11 +52,13 @@ def mma_source(shape: tuple[int, int, int], d: str, a: str, b: str, extra: str =
     names = iter(range(100))
     lists = ["{" + ", ".join(f"%{next(names)}" for _ in range(c)) + "}" for c in (*counts, counts[0])]
     c = constraint(d)
-    operands = [", ".join(f'"{c}"({x}[{i}])' for i in range(count)) for x, count in zip("ABC", (counts[1], counts[2], counts[0]), strict=True)]
+    sources = zip("ABC", (counts[1], counts[2], counts[0]), strict=True)
+    operands = [", ".join(f'"{c}"({x}[{i}])' for i in range(count)) for x, count in sources]
+    ta, tb, td = (kinds[SIZES[ty]] for ty in (a, b, d))
     outs = ", ".join(f'"={c}"(D[{i}])' for i in range(counts[0]))
     name = f"mma.sync.aligned.m{m}n{n}k{k}.row.col{extra}.{d}.{a}.{b}.{d}"
     return f"""
-extern "C" __global__ void k(const {kinds[SIZES[a]]}* a, const {kinds[SIZES[b]]}* b, const {kinds[SIZES[d]]}* c, {kinds[SIZES[d]]}* d) {{
+extern "C" __global__ void k(const {ta}* a, const {tb}* b, const {td}* c, {td}* d) {{
     constexpr int M = {m}, N = {n}, K = {k}, PA = {width // SIZES[a]}, PD = {width // SIZES[d]};
     a += blockIdx.x * M * K; b += blockIdx.x * N * K; c += blockIdx.x * M * N; d += blockIdx.x * M * N;
     int lane = threadIdx.x, g = lane / 4, t = lane % 4;
@@ -66,7 +68,7 @@ extern "C" __global__ void k(const {kinds[SIZES[a]]}* a, const {kinds[SIZES[b]]}
         A[r] |= ({word})a[row * K + col] << (8 * sizeof(*a) * (i % PA)) % {8 * width};
     }}
     for (int i = 0; i < {counts[2]} * PA; ++i)
-        B[i / PA] |= ({word})b[g * K + t * PA + i % PA + 4 * PA * (i / PA)] << (8 * sizeof(*b) * (i % PA)) % {8 * width};
+        B[i / PA] |= ({word})b[g * K + t * PA + i % PA + i / PA * 4 * PA] << (8 * sizeof(*b) * (i % PA)) % {8 * width};
     for (int i = 0; i < {counts[0]} * PD; ++i)
         C[i / PD] |= ({word})c[(g + 8 * (i / 2)) * N + 2 * t + i % 2] << (8 * sizeof(*c) * (i % PD)) % {8 * width};
     asm volatile("{name} {', '.join(lists)};" : {outs} : {', '.join(operands)});
@@ -78,12 +80,15 @@ extern "C" __global__ void k(const {kinds[SIZES[a]]}* a, const {kinds[SIZES[b]]}
 
 # wgmma.
 
-FENCE, COMMIT = "wgmma.fence.sync.aligned;", "wgmma.commit_group.sync.aligned;"
 WGMMA_HELPERS = """
 __device__ __forceinline__ void wg_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wg_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N> __device__ __forceinline__ void wg_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(N) : "memory"); }
-__device__ __forceinline__ u64 matrix(const void* p, u64 rest) { return rest | ((u32)__cvta_generic_to_shared(p) & 0x3FFFF) >> 4; }
+template <int N> __device__ __forceinline__ void wg_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(N) : "memory");
+}
+__device__ __forceinline__ u64 matrix(const void* p, u64 rest) {
+    return rest | ((u32)__cvta_generic_to_shared(p) & 0x3FFFF) >> 4;
+}
 """
 
 

@@ -7,12 +7,13 @@ from tensor_programs import SIZES, bits_of, mma_source, values_of
 
 from dsv4_rt.errors import Deadlock, KernelFault, UnsupportedInstruction
 
+FP8 = ("e4m3", "e5m2")
 FORMS = [
     *(((16, 8, k), d, "f16", "f16") for k in (8, 16) for d in ("f16", "f32")),
     *(((16, 8, k), "f32", "bf16", "bf16") for k in (8, 16)),
     *(((16, 8, k), "f32", "tf32", "tf32") for k in (4, 8)),
-    *(((16, 8, k), d, a, b) for k in (16, 32) for d in ("f16", "f32") for a, b in (("e4m3", "e4m3"), ("e4m3", "e5m2"), ("e5m2", "e5m2"))),
-    *((shape, "s32", a, b) for shape in ((8, 8, 16), (16, 8, 16), (16, 8, 32)) for a in ("s8", "u8") for b in ("s8", "u8")),
+    *(((16, 8, k), d, a, b) for k in (16, 32) for d in ("f16", "f32") for a in FP8 for b in FP8),
+    *(((m, 8, k), "s32", a, b) for m, k in ((8, 16), (16, 16), (16, 32)) for a in ("s8", "u8") for b in ("s8", "u8")),
     *((shape, "f64", "f64", "f64") for shape in ((8, 8, 4), (16, 8, 4), (16, 8, 8), (16, 8, 16))),
 ]  # fmt: skip
 
@@ -39,16 +40,19 @@ def test_small_integers_are_exact(rng, form, arch):
     assert np.array_equal(values_of(d, got), a @ b.swapaxes(1, 2) + c)
 
 
-@pytest.mark.parametrize(("ta", "k", "extra_bits"), [("f16", 16, 0), ("bf16", 16, 0), ("tf32", 8, 13)])
-def test_random_values_are_within_the_derived_bound(rng, ta, k, extra_bits):
+@pytest.mark.parametrize(("ta", "k"), [("f16", 16), ("bf16", 16), ("tf32", 8)])
+def test_random_values_are_within_the_derived_bound(rng, ta, k):
     # Each of the k products and the accumulator is cut below 2^(e-25), 2^e at most the largest of them, and the sum
     # below 23 bits of mantissa: (k + 1) 2^-25 of the largest addend and 2^-23 of the result.
     form = ((16, 8, k), "f32", ta, ta)
     a, b = (rng.standard_normal((4, rows, k)) * np.exp2(rng.integers(-6, 6, (4, rows, k))) for rows in (16, 8))
     c = rng.standard_normal((4, 16, 8)).astype(np.float32)
     bits = [bits_of(ta, x) for x in (a, b)]
-    exact = [x.astype(np.uint32) << 16 if ta == "bf16" else x & np.array(-1 << extra_bits, np.int64).astype(x.dtype) for x in bits]
-    a, b = (x.view(np.float16 if ta == "f16" else np.float32).astype(np.float64) for x in exact)
+    if ta == "f16":
+        a, b = (x.view(np.float16).astype(np.float64) for x in bits)
+    else:
+        words = [x.astype(np.uint32) << 16 if ta == "bf16" else x >> 13 << 13 for x in bits]
+        a, b = (x.view(np.float32).astype(np.float64) for x in words)
     products = a[:, :, None] * b[:, None]
     want = products.sum(axis=-1) + c
     largest = np.maximum(np.abs(products).max(axis=-1), np.abs(c))
@@ -202,7 +206,7 @@ ARGS = (np.zeros((1, 1, 64, 8), np.uint16), np.arange(32, dtype=np.uint32)[::-1]
 
 
 def test_a_load_of_matrices_is_a_shared_access():
-    with pytest.raises(KernelFault, match=r"RAW race on shared memory(.|\n)*program.cu:8(.|\n)*ldmatrix(.|\n)*program.cu:11"):
+    with pytest.raises(KernelFault, match=r"RAW race on shared memory(.|\n)*program.cu:8(.|\n)*ldmatrix"):
         run(matrix("m8n8.x4.shared", sync=""), *ARGS)
     with pytest.raises(KernelFault, match=r"uninitialised shared memory(.|\n)*ldmatrix"):
         run(matrix("m8n8.x4.shared").replace("i < 64", "i < 31"), *ARGS)
@@ -228,7 +232,7 @@ def test_half_a_warp_waits_for_the_other():
 def test_a_warp_of_fewer_threads_cannot():
     source = """extern "C" __global__ void k(u32* x) {
         asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(x[threadIdx.x])); }"""
-    with pytest.raises(KernelFault, match=r"movmatrix.sync.aligned.m8n8.trans.b16 needs all 32 threads of the warp; 8 are here"):
+    with pytest.raises(KernelFault, match=r"movmatrix\S* needs all 32 threads of the warp; 8 are here"):
         run(source, np.zeros(40, np.uint32), block=40)
 
 

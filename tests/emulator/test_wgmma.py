@@ -1,5 +1,7 @@
 """wgmma in CUDA C++ against NumPy, under every completion schedule, and what is said of kernels that use it wrongly."""
 
+import re
+
 import numpy as np
 import pytest
 from asynchronous import COMPLETIONS, all_schedules
@@ -17,7 +19,8 @@ from tensor_programs import (
 )
 
 from dsv4_rt.emulator import Machine
-from dsv4_rt.errors import Deadlock, KernelFault, UnsupportedInstruction
+from dsv4_rt.emulator.descriptors import swizzle
+from dsv4_rt.errors import Deadlock, EmulatorError, KernelFault, UnsupportedInstruction
 
 SWIZZLES = (0, 32, 64, 128)
 
@@ -63,15 +66,15 @@ def layout(x, major, swizzle):
         assert x.shape[1] * size == swizzle  # one pattern wide
         return image_k_major(x, swizzle), descriptor(0, 8 * swizzle, swizzle), 32
     if not swizzle:
-        # [k group, row group, k, 16 bytes]: the leading offset is between k groups, the stride offset between row groups
+        # [k group, row group, k, 16 bytes]: leading offset between k groups, stride offset between row groups
         return image_mn_major(x, 0), descriptor(rows * 16, 128, 0), 2 * rows * 16
     wide = swizzle // size
     return image_mn_major(x, swizzle), descriptor(8 * swizzle, rows // wide * 8 * swizzle, swizzle), rows * 32
 
 
 def multiply(
-    a, b, types, *, majors=(0, 0), swizzles=(128, 128), completion="early", start="0", scale=1, scales=(1, 1), machine=None,
-    edit=lambda text: text, arch="sm_90a", **changes,
+    a, b, types, *, majors=(0, 0), swizzles=(128, 128), completion="early", start="0", scale=1, scales=(1, 1),
+    edit=lambda text: text, **changes,
 ):  # fmt: skip
     """D = +-A B [+ D] on the emulator, [64, n]; a and b are bits [64, K] and [n, K]."""
     d, ta, tb = types
@@ -86,7 +89,7 @@ def multiply(
     run_ptx(
         compile_ptx(text, "sm_90a"), "k", 1, 128, left, right, out, np.uint64(arguments["rest_a"]),
         np.uint64(arguments["rest_b"]), np.int32(arguments["step_a"]), np.int32(arguments["step_b"]), np.int32(steps),
-        np.int32(scale), shared=left.nbytes + right.nbytes, machine=machine or Machine(arch, completion=completion),
+        np.int32(scale), shared=left.nbytes + right.nbytes, machine=Machine("sm_90a", completion=completion),
     )  # fmt: skip
     return fragments(values_of(d, out.view(np.uint16) if d == "f16" else out), n)
 
@@ -140,7 +143,9 @@ def test_scale_d_and_negation(rng, completion):
 
 
 @all_schedules
-@pytest.mark.parametrize(("d", "ta", "mn_major"), [("f32", "bf16", 0), ("f16", "f16", 1), ("f32", "tf32", 0), ("f32", "e4m3", 0)])
+@pytest.mark.parametrize(
+    ("d", "ta", "mn_major"), [("f32", "bf16", 0), ("f16", "f16", 1), ("f32", "tf32", 0), ("f32", "e4m3", 0)]
+)
 def test_a_from_registers(rng, d, ta, mn_major, completion):
     k = 32 // SIZES[ta]
     (a, left), (b, right) = integers(rng, ta, 64, k), integers(rng, ta, 32, k)
@@ -154,7 +159,8 @@ def test_a_from_registers(rng, d, ta, mn_major, completion):
             words[thread, r] = np.ascontiguousarray(left[row, col : col + per]).view(np.uint32)[0]
     text = source(32, d, ta, ta, 16, right.nbytes, "0", registers=True, majors=(0, mn_major))
     text = text.replace("wgmma(acc, da + (i * step_a >> 4)", "wgmma(acc, words")
-    text = text.replace("wg_fence();\n    for", "u32 words[4]; for (int i = 0; i < 4; ++i) words[i] = ((const u32*)a)[threadIdx.x * 4 + i];\n    wg_fence();\n    for")
+    fetch = "u32 words[4]; for (int i = 0; i < 4; ++i) words[i] = ((const u32*)a)[threadIdx.x * 4 + i];\n"
+    text = text.replace("wg_fence();\n    for", f"{fetch}wg_fence();\n    for")
     out = np.zeros((128, 8 if d == "f16" else 16), np.uint32)
     run_ptx(
         compile_ptx(text, "sm_90a"), "k", 1, 128, words, right, out, np.uint64(0), rest_b, np.int32(0), np.int32(0),
@@ -167,7 +173,9 @@ def test_a_from_registers(rng, d, ta, mn_major, completion):
 # Pipelines: two warpgroups beside a warp that does something else, several groups in flight.
 
 PIPELINE = """
-extern "C" __global__ void __launch_bounds__(288) k(const uint4* a, const uint4* b, float* d, int* other, u64 rest, int n) {
+extern "C" __global__ void __launch_bounds__(288) k(
+    const uint4* a, const uint4* b, float* d, int* other, u64 rest, int n)
+{
     __shared__ __align__(1024) uint4 left[2][512], right[256];
     for (int i = threadIdx.x; i < 1024; i += 288) left[i / 512][i % 512] = a[i];
     for (int i = threadIdx.x; i < 256; i += 288) right[i] = b[i];
@@ -182,6 +190,7 @@ extern "C" __global__ void __launch_bounds__(288) k(const uint4* a, const uint4*
         for (int i = 0; i < 4; ++i) wgmma(acc, da + 2 * i, db + 2 * i, j > 0 || i > 0);
         wg_commit();
         wg_wait<1>();
+        for (int i = 0; i < 16; ++i) asm volatile("" : "+f"(acc[i]) :: "memory");  // as CUTLASS pins accumulators
     }
     wg_wait<0>();
     for (int i = 0; i < 16; ++i) d[threadIdx.x * 16 + i] = acc[i];
@@ -223,39 +232,60 @@ def swap(old, new):
     return edit
 
 
+def both(*edits):
+    def edit(text):
+        for each in edits:
+            text = each(text)
+        return text
+
+    return edit
+
+
+IN_FLIGHT = r"register %f\d+ is the accumulator of an asynchronous wgmma.mma_async"
+NO_FENCE = r"missing wgmma.fence: register %f\d+ was accessed since the last one, at\n +PTX line \d+: "
 REPORTED = {
-    "no wait": (swap("wg_wait<0>();", ""), r"register %f\d+ is the accumulator of an asynchronous wgmma.mma_async that no "
-                r"wgmma.wait_group of this thread has covered, issued at\n +PTX line \d+: wgmma.mma_async"),
-    "no commit": (swap("wg_commit();", ""), r"register %f\d+ is the accumulator of an asynchronous"),
-    "wait for all but one": (swap("wg_wait<0>", "wg_wait<1>"), r"register %f\d+ is the accumulator of an asynchronous"),
+    "no wait": (
+        swap("wg_wait<0>();", ""),
+        IN_FLIGHT + r" that no wgmma.wait_group of this thread has covered, issued at\n +PTX line \d+: wgmma.mma"),
+    "no commit": (swap("wg_commit();", ""), IN_FLIGHT),
+    "wait for all but one": (swap("wg_wait<0>", "wg_wait<1>"), IN_FLIGHT),
     "accumulator read before the wait": (
-        swap("wg_wait<0>();", "d[0] = acc[1]; wg_wait<0>();"), r"register %f\d+ is the accumulator(.|\n)*\d: st\.global"),
+        swap("wg_wait<0>();", "d[0] = acc[1]; wg_wait<0>();"), IN_FLIGHT + r"(.|\n)*\d: st\.global"),
     "accumulator written before the wait": (
-        swap("wg_commit();", "acc[3] *= 2; wg_commit();"), r"register %f\d+ is the accumulator(.|\n)*\d: (mul|add)"),
+        swap("wg_commit();", 'asm volatile("mul.f32 %0, %0, %0;" : "+f"(acc[3])); wg_commit();'),
+        IN_FLIGHT + r"(.|\n)*\d: mul"),
+    "the later of two products": (
+        swap("wg_wait<0>();", "float more[8]; wg_fence(); wgmma(more, da, db, 0); wg_commit(); wg_wait<1>();"
+             "d[0] = acc[1]; d[1] = more[1]; wg_wait<0>(); d[2] = more[2];"),
+        IN_FLIGHT + r"(.|\n)*\d: st\.global.*\+4\]"),
     "no fence at all": (swap("wg_fence();", ""), r"without a wgmma.fence before the warpgroup's first one"),
     "fence before the accumulator is set": (
-        lambda text: swap("wg_fence();", "for (int i = 0; i < COUNT; ++i) acc[i] += steps;".replace("COUNT", "8"))(
-            swap("KIND acc".replace("KIND", "float"), "wg_fence(); float acc")(text)),
-        r"missing wgmma.fence: register %f\d+ was accessed since the last one, at\n +PTX line \d+: (add|cvt)"),
+        both(swap("= 0;\n", "= d[i];\n"), swap("float acc", "wg_fence(); float acc"), swap("wg_fence();\n", "")),
+        NO_FENCE + r"ld\.global"),
     "no fence before the next product": (
         swap("wg_wait<0>();", "wg_wait<0>(); acc[2] *= 3; wgmma(acc, da, db, 1); wg_commit(); wg_wait<0>();"),
-        r"missing wgmma.fence: register %f\d+ was accessed since the last one, at\n +PTX line \d+: mul"),
+        NO_FENCE + "mul"),
     "another shape on an accumulator in flight": (
-        lambda text: swap("wg_commit();", "float (&part)[4] = *(float (*)[4])acc; narrow(part, da, db, 1); wg_commit();")(
-            text.replace('extern "C"', wgmma_function(8, "f32", "bf16", "bf16", name="narrow") + 'extern "C"')),
-        r"register %f\d+ is the accumulator of an asynchronous"),
-    "no proxy fence": (swap('asm volatile("fence.proxy.async.shared::cta;" ::: "memory");', ""), r"fence\.proxy\.async"),
-    "no barrier after the tiles are written": (swap("__syncthreads();", ""), r"RAW race on shared memory: wgmma|fence\.proxy"),
+        both(swap("wg_commit();", "narrow(*(float (*)[4])acc, da, db, 1); wg_commit();"),
+             swap('extern "C"', wgmma_function(8, "f32", "bf16", "bf16", name="narrow") + 'extern "C"')),
+        IN_FLIGHT),
+    "no proxy fence": (
+        swap('asm volatile("fence.proxy.async.shared::cta;" ::: "memory");', ""),
+        r"wgmma reads shared offset 0x\w+ through the async proxy, but no fence\.proxy\.async lies between"),
+    "no barrier after the tiles are written": (
+        swap("__syncthreads();", ""), r"RAW race on shared memory: wgmma|no fence\.proxy"),
     "a tile is overwritten before the wait": (
         swap("wg_wait<0>();", "left[threadIdx.x] = right[0]; wg_wait<0>();"),
         r"store to shared offset 0x[0-9a-f]+ overwrites the source of an asynchronous wgmma"),
-    "an uninitialised tile": (swap("i < BYTES_B / 16".replace("BYTES_B", "2048"), "i < 100"), r"uninitialised shared memory: matrix B at"),
+    "an uninitialised tile": (swap("i < 2048 / 16", "i < 100"), r"uninitialised shared memory: matrix B at"),
     "a descriptor that differs": (
         swap("matrix(right, rest_b)", "matrix(right + threadIdx.x / 64, rest_b)"),
-        r"thread \(64, 0, 0\)(.|\n)*the descriptor of B must be the same in all threads|the descriptor of B must be the same"),
+        r"the descriptor of B must be the same in all threads of the warpgroup(.|\n)*thread \(64, 0, 0\)"),
     "an address that is not masked": (
-        swap("wg_fence();\n", "db |= 0xABull << 14; wg_fence();\n"), r"reserved bits 0x\w+ are set \(an address of more than 18 bits"),
-    "a descriptor of tcgen05": (swap("wg_fence();\n", "db |= 1ull << 46; wg_fence();\n"), r"\(a descriptor for tcgen05\)"),
+        swap("wg_fence();\n", "db |= 0xABull << 14; wg_fence();\n"),
+        r"reserved bits 0x\w+ are set \(an address of more than 18 bits"),
+    "a descriptor of tcgen05": (
+        swap("wg_fence();\n", "db |= 1ull << 46; wg_fence();\n"), r"\(a descriptor for tcgen05\)"),
     "one warp elsewhere": (
         swap("wgmma(acc", "if (threadIdx.x < 96) wgmma(acc"), r"all 128 threads of a warpgroup"),
 }  # fmt: skip
@@ -293,15 +323,23 @@ def test_a_wrong_layout_gives_a_wrong_result_or_is_out_of_bounds(rng, what):
         planted(rng, rest_b=right + np.uint64((0x2000 - 1024) >> 4 << 32))
 
 
-def test_registers_of_a_in_flight(rng):
+def test_registers_of_a_may_be_read_but_not_written_in_flight():
     text = source(32, "f32", "bf16", "bf16", 16, 1024, "0", registers=True)
     text = text.replace("wgmma(acc, da + (i * step_a >> 4)", "wgmma(acc, words")
-    text = text.replace("wg_fence();\n    for", "u32 words[4] = {step_a, step_a + 1, 2, 3};\n    wg_fence();\n    for")
-    text = text.replace("wg_commit();", "wg_commit(); if (step_b == 0) d[0] = words[1];")
+    words = "u32 words[4] = {u32(step_a), u32(step_a + 1), 2, 3};\n    "
+    text = text.replace("wg_fence();\n    for", f"{words}wg_fence();\n    for")
     args = np.zeros((128, 4), np.uint32), np.zeros(256, np.uint32), np.zeros((128, 16), np.uint32), np.uint64(0)
     more = descriptor(512, 128, 0), np.int32(0), np.int32(0), np.int32(1), np.int32(1)
-    with pytest.raises(KernelFault, match=r"register %r\d+ is the A fragment of an asynchronous wgmma"):
-        run_ptx(compile_ptx(text, "sm_90a"), "k", 1, 128, *args, *more, shared=4096, arch="sm_90a")
+    ptx = compile_ptx(text, "sm_90a")
+    register = re.search(r"wgmma\.mma_async.*, \{(%r\d+), ", ptx).group(1)
+
+    def run(instruction):
+        changed = ptx.replace("wgmma.commit_group", f"{instruction}\n\twgmma.commit_group")
+        run_ptx(changed, "k", 1, 128, *args, *more, shared=4096, machine=Machine("sm_90a"))
+
+    run(f"{{ .reg .b32 other; add.u32 other, {register}, 1; }}")
+    with pytest.raises(KernelFault, match=rf"register {register} is the A fragment of an asy(.|\n)*\d: add"):
+        run(f"add.u32 {register}, {register}, 1;")
 
 
 def module(instruction, target="sm_90a"):
@@ -314,20 +352,32 @@ def module(instruction, target="sm_90a"):
 @pytest.mark.parametrize(
     ("instruction", "message"),
     [
-        ("wgmma.mma_async.sync.aligned.m64n8k32.s32.s8.s8 {d0,d1,d2,d3}, a, b, p;", "wgmma on integers is not implemented"),
-        ("wgmma.mma_async.sp.sync.aligned.m64n8k32.f32.f16.f16 {f0,f1,f2,f3}, a, b, d0, 0, p, 1, 1, 0, 0;",
-         "sparse matrices are not implemented"),
-        ("wgmma.mma_async.sync.aligned.m64n12k16.f32.f16.f16 {f0,f1,f2,f3}, a, b, p, 1, 1, 0, 0;", "is not implemented"),
-        ("wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {f0,f1,f2,f3}, a, b, p, 1, 1;", "4 immediates are wanted"),
-        ("wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {f0,f1,f2}, a, b, p, 1, 1, 0, 0;", "wrong number of registers"),
-        ("wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {f0,f1,f2,f2}, a, b, p, 1, 1, 0, 0;", "not of distinct"),
+        ("sync.aligned.m64n8k32.s32.s8.s8 {d0,d1,d2,d3}, a, b, p;", "wgmma on integers is not implemented"),
+        ("sp.sync.aligned.m64n8k32.f32.f16.f16 {f0,f1,f2,f3}, a, b, d0, 0, p, 1, 1, 0, 0;", "sparse matrices are not"),
+        ("sync.aligned.m64n12k16.f32.f16.f16 {f0,f1,f2,f3}, a, b, p, 1, 1, 0, 0;", "is not implemented"),
+        ("sync.aligned.m64n8k16.f32.f16.f16 {f0,f1,f2,f3}, a, b, p, 1, 1;", "4 immediates are wanted"),
+        ("sync.aligned.m64n8k16.f32.f16.f16 {f0,f1,f2}, a, b, p, 1, 1, 0, 0;", "wrong number of registers"),
+        ("sync.aligned.m64n8k16.f32.f16.f16 {f0,f1,f2,f2}, a, b, p, 1, 1, 0, 0;", "not of distinct"),
     ],
 )  # fmt: skip
 def test_refused_by_name(instruction, message):
     with pytest.raises(UnsupportedInstruction, match=rf"wgmma\.mma_async(.|\n)*{message}(.|\n)*PTX line 6"):
-        run_ptx(module(instruction), "k", 1, 128)
+        run_ptx(module(f"wgmma.mma_async.{instruction}"), "k", 1, 128)
+
+
+@pytest.mark.parametrize("width", SWIZZLES)
+def test_a_swizzle_permutes_the_chunks_of_its_pattern(width):
+    at = np.arange(0, 4096, 4)
+    for base in range(8):
+        there = swizzle(at, width, base)
+        assert np.array_equal(np.sort(there), at)
+        assert np.array_equal(swizzle(there, width, base), at)
+        assert np.array_equal(there >> 7, at >> 7)
+    assert np.array_equal(swizzle(at + 128 * 3, width, 3), swizzle(at, width) + 128 * 3)
+    with pytest.raises(EmulatorError, match="a width of 96 B; there are 0, 32, 64, 128"):
+        swizzle(at, 96)
 
 
 def test_only_hopper_has_it():
-    with pytest.raises(UnsupportedInstruction, match=r"wgmma\.fence\.sync\.aligned exists on sm_90a only, not on sm_100a"):
+    with pytest.raises(UnsupportedInstruction, match=r"wgmma\.fence\.sync\.aligned exists on sm_90a only, not on sm_1"):
         run_ptx(module("wgmma.fence.sync.aligned;", "sm_100a"), "k", 1, 128)
