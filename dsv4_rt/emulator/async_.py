@@ -275,8 +275,10 @@ class Engine:
         for op in self.groups["bulk"].ops if "bulk" in self.groups else ():
             seen = None if op.sources is None else op.sources.seen
             if op.reads and op.lane in lanes and (seen is None or not seen[op.lane]):
-                what = f"the thread exits while its asynchronous {op.kind} may still read shared memory: it has not waited"
-                return f"{what} (cp.async.bulk.wait_group.read) since it was issued at{self.place(op.line)}", op.lane
+                return (
+                    f"the thread exits while its asynchronous {op.kind} may still read shared memory: it has not "
+                    f"waited (cp.async.bulk.wait_group.read) since it was issued at{self.place(op.line)}"
+                ), op.lane
         return None
 
     def wait_all(self, kind: str, lanes: Array) -> None:

@@ -23,7 +23,6 @@ import numpy as np
 import numpy.typing as npt
 
 from dsv4_rt.emulator.descriptors import MatrixDescriptor, element_addresses
-from dsv4_rt.emulator.memory import LaneFault
 
 Array = npt.NDArray[Any]
 PATTERN = 1024  # bytes after which every swizzle repeats
@@ -87,7 +86,7 @@ class Tiles:
             line, row_bytes = self.copies[int(marks[0, 0]) >> _PIECE]
             form = (each.rows, depth, each.size, each.mn_major)
             step = marks - marks[0, 0]
-            if np.array_equal(step, self.right.get(form)):
+            if form in self.right and np.array_equal(step, self.right[form]):
                 wrong = ""
             else:
                 wrong = _mn_major(marks) if each.mn_major else _k_major(marks)
@@ -95,8 +94,9 @@ class Tiles:
                     self.right[form] = step
             if wrong:
                 return line, (
-                    f"matrix {each.name} is not what its descriptor (swizzle {d.swizzle} B, leading offset {d.leading:#x}, "
-                    f"stride offset {d.stride:#x}) should find in the tile of rows of {row_bytes} B: {wrong}"
+                    f"matrix {each.name} is not what its descriptor (swizzle {d.swizzle} B, leading offset "
+                    f"{d.leading:#x}, stride offset {d.stride:#x}) should find in the tile of rows of {row_bytes} B: "
+                    f"{wrong}"
                 )
             if not each.mn_major:
                 begins.append((int(marks[0, 0]) & (1 << _ROW) - 1, row_bytes, line))

@@ -1,7 +1,7 @@
 """The kernels of hopper/, each with a run that compares it with NumPy: what a Hopper SM can do that older ones cannot.
 
-A run takes the device, a way to load the kernel (from its file, or from a changed copy of it) and random numbers. Inputs
-are small integers, so that every sum is exact in any order; `normal` inputs are compared within a bound.
+A run takes the device, a way to load the kernel (from its file, or from a changed copy of it) and random numbers.
+Inputs are small integers, so that every sum is exact in any order; `normal` inputs are compared within a bound.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def run_split_k_cluster(device, load, rng, E=100, K=203):
     x, w = integers(rng, 3, K).astype(np.float32), integers(rng, E, K).astype(np.float32)
     kernel = load("split_k_cluster.cu", "split_k_cluster<4, 3>")
     y = poisoned(device, 3, E)
-    kernel.launch((4, -(-E // 64)), 128, device.array(x), device.array(w), y, np.int32(E), np.int32(K), cluster=(4, 1, 1))
+    arrays = device.array(x), device.array(w), y
+    kernel.launch((4, -(-E // 64)), 128, *arrays, np.int32(E), np.int32(K), cluster=(4, 1, 1))
     np.testing.assert_array_equal(device.numpy(y), x @ w.T)
 
 

@@ -3,9 +3,10 @@
     python tests/emulator/keep.py triton     # needs Triton, in the version named in pyproject.toml
     python tests/emulator/keep.py cccl       # needs nvidia-cuda-cccl, nvidia-cuda-runtime and NVRTC 13.0
 
-The kernels are those of triton_programs.py, triton_dots.py and cccl/*.cu. What compilers make of them is kept, so that the tests need
-neither, and so that a GPU can run the same PTX: its version is 9.0, which a driver of CUDA 13.0 loads. A file's first
-line says what made it and from which source; a test compares that with the source. Paths and DWARF are left out.
+The kernels are those of triton_programs.py, triton_dots.py and cccl/*.cu. What compilers make of them is kept, so that
+the tests need neither, and so that a GPU can run the same PTX: its version is 9.0, which a driver of CUDA 13.0 loads.
+A file's first line says what made it and from which source; a test compares that with the source. Paths and DWARF are
+left out.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 KEPT = HERE / "kept"
 ARCHITECTURES = ("sm_90a", "sm_100a")
-CCCL = ("cub_blocks", "groups_atomics", "async_copies")
+CCCL = ("cub_blocks", "groups_atomics", "async_copies", "cluster_groups")
 TRITON_SOURCES = {"triton_programs": ARCHITECTURES, "triton_dots": ("sm_90a",)}  # the products are wgmma's
 TRITON = "3.9.0"  # as pyproject.toml names it: another version compiles to other programs
 PTX_VERSION = 90
@@ -65,11 +66,13 @@ def triton_ptx(name: str, arch: str) -> str:
     function, types, constants, warps, *stages = importlib.import_module(path.stem).PROGRAMS[name]
     names = [each for each in function.arg_names if each not in constants]
     signature = dict(zip(names, types.split(), strict=True)) | dict.fromkeys(constants, "constexpr")
-    aligned = [at for at, each in enumerate(function.arg_names) if signature[each][0] == "*" or signature[each] == "i32"]
+    kinds = [signature[each] for each in function.arg_names]
+    aligned = [at for at, each in enumerate(kinds) if each[0] == "*" or each == "i32"]
     attributes = {(at,): [["tt.divisibility", 16]] for at in aligned if stages}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", int(arch.strip("sm_a")), 32)
-    options = {"num_warps": warps, "num_stages": (stages or [1])[0], "enable_fp_fusion": True, "debug": name == "positive"}
+    options = {"num_warps": warps, "num_stages": (stages or [1])[0], "enable_fp_fusion": True}
+    options["debug"] = name == "positive"
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
         made = triton.compile(source, target=target, options=options | {"ptx_version": PTX_VERSION})

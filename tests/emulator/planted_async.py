@@ -22,8 +22,8 @@ BEGIN, END = "<!-- planted: python tests/emulator/planted_async.py -->", "<!-- /
 if __name__ == "__main__":
     sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
-from hopper_kernels import EVIDENCE, FOLDER  # noqa: E402
 from asynchronous import COMPLETIONS as SCHEDULES  # noqa: E402
+from hopper_kernels import EVIDENCE, FOLDER  # noqa: E402
 
 import dsv4_rt  # noqa: E402
 from dsv4_rt.emulated_device import EmulatedDevice  # noqa: E402
@@ -71,7 +71,11 @@ PLANTS = {
         "gemm_ring", "expect(barrier, STAGE)", "expect(barrier, STAGE / 2)", "in flight, read", PRODUCT
     ),
     "expect_tx too large": Plant(
-        "gemm_ring", "expect(barrier, STAGE)", "expect(barrier, STAGE + 16)", "deadlock", "mbarrier_wait(shared_address(&full"
+        "gemm_ring",
+        "expect(barrier, STAGE)",
+        "expect(barrier, STAGE + 16)",
+        "deadlock",
+        "mbarrier_wait(shared_address(&full",
     ),
     "no full wait": Plant(
         "gemm_ring", "mbarrier_wait(shared_address(&full[s]), i / STAGES & 1);", "", "uninitialised", PRODUCT
@@ -80,57 +84,99 @@ PLANTS = {
         "gemm_ring", "&full[s]), i / STAGES & 1)", "&full[s]), (i / STAGES & 1) ^ 1)", "uninitialised", PRODUCT
     ),
     "wrong empty parity": Plant(
-        "gemm_ring", "(i / STAGES & 1) ^ 1);   //", "i / STAGES & 1);   //", "deadlock", "mbarrier_wait(shared_address(&full"
+        "gemm_ring",
+        "(i / STAGES & 1) ^ 1);   //",
+        "i / STAGES & 1);   //",
+        "deadlock",
+        "mbarrier_wait(shared_address(&full",
     ),
     "no empty wait": Plant(
-        "gemm_ring", "mbarrier_wait(shared_address(&empty[s]), (i / STAGES & 1) ^ 1);", "",
-        "in flight, written|mbarrier count", "",
+        "gemm_ring",
+        "mbarrier_wait(shared_address(&empty[s]), (i / STAGES & 1) ^ 1);",
+        "",
+        "in flight, written|mbarrier count",
+        "",
     ),
     "slot freed too early": Plant(
-        "gemm_ring", "if (i > 0 && threadIdx.x % 128 == 0) mbarrier_arrive(shared_address(&empty[(i - 1) % STAGES]));",
-        "if (threadIdx.x % 128 == 0) mbarrier_arrive(shared_address(&empty[i % STAGES]));", "in flight, written", LOAD_A,
+        "gemm_ring",
+        "if (i > 0 && threadIdx.x % 128 == 0) mbarrier_arrive(shared_address(&empty[(i - 1) % STAGES]));",
+        "if (threadIdx.x % 128 == 0) mbarrier_arrive(shared_address(&empty[i % STAGES]));",
+        "in flight, written",
+        LOAD_A,
     ),
     "products not waited for": Plant("gemm_ring", "wgmma_wait<1>();", "", "in flight, written", LOAD_A),
     "accumulator read too early": Plant("gemm_ring", "wgmma_wait<0>();", "", "registers in flight", "= acc[4 * j + e]"),
     "no wgmma.fence": Plant("gemm_ring", "wgmma_fence();", "", "wgmma.fence", PRODUCT),
     "empty counts one warpgroup": Plant(
-        "gemm_ring", "init(shared_address(&empty[s]), 2)", "init(shared_address(&empty[s]), 1)", "deadlock", "mbarrier_wait("
+        "gemm_ring",
+        "init(shared_address(&empty[s]), 2)",
+        "init(shared_address(&empty[s]), 1)",
+        "deadlock",
+        "mbarrier_wait(",
     ),
     "empty counts three": Plant(
-        "gemm_ring", "init(shared_address(&empty[s]), 2)", "init(shared_address(&empty[s]), 3)", "deadlock", "mbarrier_wait("
+        "gemm_ring",
+        "init(shared_address(&empty[s]), 2)",
+        "init(shared_address(&empty[s]), 3)",
+        "deadlock",
+        "mbarrier_wait(",
     ),
     "barriers used before init": Plant(
-        "gemm_ring", "    __syncthreads();\n\n    if (group == 0)", "    if (group == 0)", "mbarrier order", "mbarrier_wait("
+        "gemm_ring",
+        "    __syncthreads();\n\n    if (group == 0)",
+        "    if (group == 0)",
+        "mbarrier order",
+        "mbarrier_wait(",
     ),
     "wrong swizzle": Plant("gemm_ring", "u64(1) << 62", "u64(2) << 62", "descriptor and tile", PRODUCT),
     "wrong SBO": Plant("gemm_ring", "u64(1024 >> 4) << 32", "u64(512 >> 4) << 32", "descriptor and tile", PRODUCT),
     "wrong K advance": Plant("gemm_ring", "da + 2 * k, db", "da + k, db", "descriptor and tile", PRODUCT),
     "stage not aligned": Plant(
-        "gemm_ring", "(shared_address(raw) + 1023) & ~1023u", "(shared_address(raw) + 1023 & ~1023u) + 8", "alignment", LOAD_A
+        "gemm_ring",
+        "(shared_address(raw) + 1023) & ~1023u",
+        "(shared_address(raw) + 1023 & ~1023u) + 8",
+        "alignment",
+        LOAD_A,
     ),
     # Clusters.
     "address of a cluster not masked": Plant(
         "gemm_multicast", "(address & 0x3ffff) >> 4", "address >> 4", "descriptor", "wgmma_64x64x16(acc"
     ),
     "no cluster barrier before exit": Plant(
-        "gemm_multicast", "cluster_sync();                                           // the other", "// the other",
-        "cluster exit", "",
+        "gemm_multicast",
+        "cluster_sync();                                           // the other",
+        "// the other",
+        "cluster exit",
+        "",
     ),
     "block barrier for a cluster barrier": Plant(
-        "gemm_multicast", "cluster_sync();                                           // no copy", "__syncthreads(); // no copy",
-        "mbarrier order", "mbarrier_arrive_remote(",
+        "gemm_multicast",
+        "cluster_sync();                                           // no copy",
+        "__syncthreads(); // no copy",
+        "mbarrier order",
+        "mbarrier_arrive_remote(",
     ),
     "empty counts one block": Plant(
-        "gemm_multicast", "init(shared_address(&empty[s]), 2)", "init(shared_address(&empty[s]), 1)",
-        "deadlock|mbarrier count", "",
+        "gemm_multicast",
+        "init(shared_address(&empty[s]), 2)",
+        "init(shared_address(&empty[s]), 1)",
+        "deadlock|mbarrier count",
+        "",
     ),
     "multicast to one block": Plant("gemm_multicast", "barrier, 0b11)", "barrier, 0b01)", "deadlock", "mbarrier_wait"),
     "both blocks load one half": Plant(
-        "gemm_multicast", "stage + HALF + rank * (HALF / 2)", "stage + HALF", "in flight, written", "tma_load_2d_multicast("
+        "gemm_multicast",
+        "stage + HALF + rank * (HALF / 2)",
+        "stage + HALF",
+        "in flight, written",
+        "tma_load_2d_multicast(",
     ),
     "mailbox read after a block barrier": Plant(
-        "split_k_cluster", "cluster_sync();                                           // all partial",
-        "__syncthreads(); // all partial", "cluster exit|race|uninitialised", "",
+        "split_k_cluster",
+        "cluster_sync();                                           // all partial",
+        "__syncthreads(); // all partial",
+        "cluster exit|race|uninitialised",
+        "",
     ),
     "a rank that is not there": Plant(
         "split_k_cluster", "e % OWN]), e / OWN)", "e % OWN]), e / OWN + 1)", "cluster rank", "store_remote("
@@ -140,7 +186,10 @@ PLANTS = {
         "cp_async_ring", "cp_async_wait<STAGES - 2>()", "cp_async_wait<STAGES - 1>()", "in flight, read", "ldmatrix_x4("
     ),
     "no barrier after the wait": Plant(
-        "cp_async_ring", "__syncthreads();                                      // everyone's", "// everyone's", "race",
+        "cp_async_ring",
+        "__syncthreads();                                      // everyone's",
+        "// everyone's",
+        "race",
         "ldmatrix_x4(",
     ),
     "no commit": Plant("cp_async_ring", "        cp_async_commit();", "", "in flight, read", "ldmatrix_x4("),
@@ -148,27 +197,41 @@ PLANTS = {
         "cp_async_ring",
         "__syncthreads();                                      // everyone's are, and step i - 1 has been read\n"
         "        fill(i + STAGES - 1);",
-        "fill(i + STAGES - 1);\n        __syncthreads();", "race", "cp_async_16(",
+        "fill(i + STAGES - 1);\n        __syncthreads();",
+        "race",
+        "cp_async_16(",
     ),
     "cp.async not aligned": Plant("cp_async_ring", "PITCH = 80", "PITCH = 72", "alignment", "cp_async_16("),
     # Stores by TMA.
     "no proxy fence before a store": Plant("scale_tiles", "fence_async_shared(); ", "", "proxy fence", "tma_store_2d("),
     "proxy fence before the writes": Plant(
-        "scale_tiles", f"{WRITES}\n        fence_async_shared();", f"fence_async_shared();\n        {WRITES}", "proxy fence",
+        "scale_tiles",
+        f"{WRITES}\n        fence_async_shared();",
+        f"fence_async_shared();\n        {WRITES}",
+        "proxy fence",
         "tma_store_2d(",
     ),
     "buffer reused under a store": Plant(
-        "scale_tiles", 'if (threadIdx.x == 0) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");', "",
-        "in flight, written", "out[b][i] = s * in[b][i]",
+        "scale_tiles",
+        'if (threadIdx.x == 0) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");',
+        "",
+        "in flight, written",
+        "out[b][i] = s * in[b][i]",
     ),
     "store not committed": Plant(
         "scale_tiles", "            bulk_commit();\n", "", "in flight, written", "out[b][i] = s * in[b][i]"
     ),
-    "exit while a store reads": Plant("scale_tiles", "if (threadIdx.x == 0) bulk_wait_read();  ", "//", "exit", "tma_store_2d("),
-    "tile loaded into a buffer in use": Plant(
-        "scale_tiles", "load(tile + gridDim.x, b ^ 1);", "load(tile + gridDim.x, b);", "in flight, written|mbarrier count", ""
+    "exit while a store reads": Plant(
+        "scale_tiles", "if (threadIdx.x == 0) bulk_wait_read();  ", "//", "exit", "tma_store_2d("
     ),
-}  # fmt: skip
+    "tile loaded into a buffer in use": Plant(
+        "scale_tiles",
+        "load(tile + gridDim.x, b ^ 1);",
+        "load(tile + gridDim.x, b);",
+        "in flight, written|mbarrier count",
+        "",
+    ),
+}
 
 
 def planted(each: Plant, folder: Path) -> str:

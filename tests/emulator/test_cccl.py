@@ -190,22 +190,3 @@ def test_grid_sync(launch, arch, order, grid, block, rng):
     launch("groups_atomics", "grid_rounds", grid, block, x, np.int32(rounds), arch=arch, order=order, cooperative=True)
     np.testing.assert_array_equal(x[: rounds + 1], want)
     assert x[rounds + 1, 0] == 1
-
-
-@pytest.mark.parametrize("size", [1, 2, 8])
-def test_cluster_histogram(launch, arch, order, size, rng):
-    x, bins = rng.integers(0, 256, 3000).astype(np.int32), np.zeros(256, np.uint32)
-    each = 256 // size
-    options = {"arch": arch, "order": order, "seed": 3, "shared": 4 * each, "cluster": size}
-    launch("cluster_groups", "histogram", 16, 64, x, np.int32(x.size), bins, np.int32(each), **options)
-    np.testing.assert_array_equal(bins, np.bincount(x, minlength=256))
-
-
-def test_cluster_group(launch, arch):
-    out = np.zeros((8, 32, 8), np.int32)
-    launch("cluster_groups", "facts", 8, 32, out, arch=arch, cluster=4)
-    rank, thread = np.arange(8) % 4, np.arange(32)
-    np.testing.assert_array_equal(out[:, 0, 0], rank)
-    np.testing.assert_array_equal(out[..., 2], rank[:, None] * 32 + thread)
-    expected = np.stack([np.full(8, 4), np.full(8, 128), rank, rank, 100 + (rank + 1) % 4, (rank + 1) % 4], 1)
-    np.testing.assert_array_equal(out[:, 5][:, [1, 3, 4, 5, 6, 7]], expected)

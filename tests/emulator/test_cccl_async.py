@@ -1,4 +1,4 @@
-"""cuda::barrier, cuda::pipeline, cuda::memcpy_async, cuda::ptx and cluster groups: equal to NumPy however copies end."""
+"""cuda::barrier, cuda::pipeline, cuda::memcpy_async, cuda::ptx and cluster groups, under every completion schedule."""
 
 import numpy as np
 import pytest
@@ -13,11 +13,11 @@ pytestmark = [pytest.mark.parametrize("arch", ARCHITECTURES), all_schedules]
 
 @pytest.fixture
 def launch(arch, completion, rng):
-    """launch(entry, grid, block, *args): one kernel of async_copies.cu on a machine with this schedule."""
+    """launch(entry, grid, block, *args): a kernel of async_copies.cu, or of another file, under this schedule."""
 
-    def run(entry, grid, block, *args, shared=0):
+    def run(entry, grid, block, *args, file="async_copies", **options):
         machine = Machine(arch, completion=completion, seed=int(rng.integers(1 << 30)))
-        return run_ptx(kept("async_copies", arch)[0], entry, grid, block, *args, machine=machine, shared=shared)
+        return run_ptx(kept(file, arch)[0], entry, grid, block, *args, machine=machine, **options)
 
     return run
 
@@ -105,3 +105,22 @@ def test_a_histogram_in_distributed_shared_memory(launch, rng):
     bins = np.zeros(64, np.int32)
     launch("cluster_histogram", 2, 96, x, bins, np.int32(500))
     np.testing.assert_array_equal(bins, np.bincount(x, minlength=64))
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_histograms_of_several_clusters(launch, size, rng):
+    x, bins = rng.integers(0, 256, 3000).astype(np.int32), np.zeros(256, np.uint32)
+    each = 256 // size
+    options = {"file": "cluster_groups", "shared": 4 * each, "cluster": size}
+    launch("histogram", 16, 64, x, np.int32(x.size), bins, np.int32(each), **options)
+    np.testing.assert_array_equal(bins, np.bincount(x, minlength=256))
+
+
+def test_facts_of_a_cluster_group(launch):
+    out = np.zeros((8, 32, 8), np.int32)
+    launch("facts", 8, 32, out, file="cluster_groups", cluster=4)
+    rank, thread = np.arange(8) % 4, np.arange(32)
+    np.testing.assert_array_equal(out[:, 0, 0], rank)
+    np.testing.assert_array_equal(out[..., 2], rank[:, None] * 32 + thread)
+    expected = np.stack([np.full(8, 4), np.full(8, 128), rank, rank, 100 + (rank + 1) % 4, (rank + 1) % 4], 1)
+    np.testing.assert_array_equal(out[:, 5][:, [1, 3, 4, 5, 6, 7]], expected)

@@ -1,9 +1,9 @@
-"""The kernels of hopper/ against NumPy: on the emulator under every completion schedule and thread order, and on a GPU."""
+"""The kernels of hopper/ against NumPy: emulated under every completion schedule and thread order, and on a GPU."""
 
 import numpy as np
 import pytest
-from hopper_kernels import EVIDENCE, FOLDER, normal, run_cp_async_ring, run_gemm_multicast, run_gemm_ring
 from asynchronous import COMPLETIONS as SCHEDULES
+from hopper_kernels import EVIDENCE, FOLDER, normal, run_cp_async_ring, run_gemm_multicast, run_gemm_ring
 from programs import ARCHITECTURES, ORDERS
 
 import dsv4_rt
@@ -52,7 +52,7 @@ SHAPES = [(1, 1, 8), (128, 128, 64), (129, 127, 72), (64, 300, 1024)]
 @pytest.mark.parametrize(("M", "N", "K"), SHAPES)
 @pytest.mark.parametrize("run", [run_gemm_ring, run_gemm_multicast, run_cp_async_ring])
 def test_shapes(run, M, N, K, rng):
-    """One row and column; whole tiles; tails on each side; a ring that wraps often. Normal numbers, within the bound."""
+    """One row and column; whole tiles; tails on each side; a ring that wraps often. Normal numbers."""
     with dsv4_rt.use_device(EmulatedDevice("sm_90a", completion="late")) as device:
         run(device, load, rng, M=M, N=N, K=K, draw=normal)
 

@@ -24,7 +24,8 @@ def test_it_is_of_the_source_that_is_here(name):
     first = text.split("\n", 1)[0]
     made_by = r"// CCCL [\d.]+, NVRTC 13\.0" if program in CCCL else rf"// Triton {re.escape(TRITON)}"
     source = digest(SOURCE[program] if program in CCCL else triton_source(program))
-    assert re.fullmatch(rf"{made_by}, source {source}(, scratch \d+)?, shared {shared}", first), "run tests/emulator/keep.py again"
+    wanted = rf"{made_by}, source {source}(, scratch \d+)?, shared {shared}"
+    assert re.fullmatch(wanted, first), "run tests/emulator/keep.py again"
     assert f".target {arch}" in text
     assert ".version 9.0" in text
 

@@ -1,4 +1,4 @@
-"""Products that Triton pipelines for a Hopper SM (triton_dots.py): cp.async or TMA, wgmma or mma.sync, against NumPy."""
+"""Products that Triton pipelines for a Hopper SM (triton_dots.py), by cp.async or TMA and wgmma, against NumPy."""
 
 import re
 
