@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+
 from dsv4_rt.memory import PoolExhausted
 
 BLOCK = 512  # tokens a hash id stands for
@@ -164,7 +165,7 @@ class Engine:
         self.result = Replay()
 
     def run(self, tick=lambda finished: None, check_every=0):
-        """Replay all requests. `tick` hears how many have ended; check() runs every `check_every` steps, and at the end."""
+        """Replay all. `tick` hears how many requests have ended; check() runs every `check_every` steps and at last."""
         started = time.perf_counter()
         arriving, result = 0, self.result
         while arriving < len(self.requests) or self.running or self.waiting:
@@ -266,6 +267,7 @@ class Engine:
             job.computed += count
             if job.computed == job.known:
                 job.sampled += 1
+                result.sampled_tokens += 1
                 if job.sampled == job.request.output_length:
                     self.timed(self.pool.free, job.seq)
                     job.seq = -2

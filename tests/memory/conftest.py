@@ -14,6 +14,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 
 U8 = np.dtype(np.uint8)
 WORD = (Part("data", U8, (8,)), Part("scale", U8, (8,), 1))  # an entry of 16 B in two segments of the page
+ROW = (Part("kv", U8, (8,)), Part("score", U8, (8,)))  # state rows are one piece of memory
 
 
 def small_layout(max_draft=0):
@@ -25,11 +26,11 @@ def small_layout(max_draft=0):
             Cache("index", "full", 4, 64, WORD, 16, (1,)),
             Cache("hca", "full", 128, 2, WORD, 16, (2,)),
             Cache("window", "window", 1, 64, WORD, 16, (0, 1, 2)),
-            Cache("csa_state", "state", 1, 8 + max_draft, WORD, 16, (1,)),
-            Cache("index_state", "state", 1, 8 + max_draft, WORD, 16, (1,)),
-            Cache("hca_state", "state", 1, 128 + max_draft, WORD, 16, (2,)),
-            Cache("csa_checkpoint", "checkpoint", 1, 4, WORD, 16, (1,)),
-            Cache("index_checkpoint", "checkpoint", 1, 4, WORD, 16, (1,)),
+            Cache("csa_state", "state", 1, 8 + max_draft, ROW, 16, (1,)),
+            Cache("index_state", "state", 1, 8 + max_draft, ROW, 16, (1,)),
+            Cache("hca_state", "state", 1, 128 + max_draft, ROW, 16, (2,)),
+            Cache("csa_checkpoint", "checkpoint", 1, 4, ROW, 16, (1,), "csa_state"),
+            Cache("index_checkpoint", "checkpoint", 1, 4, ROW, 16, (1,), "index_state"),
         ),
     )
 

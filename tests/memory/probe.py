@@ -135,8 +135,8 @@ class Probe:
             got = self.host(view[self.bytes_of(cache, page, offset)])
             wrong = (got != self.pattern(cache, layer, values)).any(axis=1)
             assert not wrong.any(), (
-                f"{cache.name} layer {layer}, sequence {seq}: positions {positions[wrong][:8]}, pages {page[wrong][:8]}, "
-                f"hold other values than were written for them"
+                f"{cache.name} layer {layer}, sequence {seq}: positions {positions[wrong][:8]}, pages "
+                f"{page[wrong][:8]}, hold other values than were written for them"
             )
             self.checked += len(positions)
 

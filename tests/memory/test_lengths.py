@@ -29,7 +29,7 @@ def test_prefill_then_decode(probed, rng, length):
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_a_second_sequence_finds_what_the_first_computed(probed, rng, length):
-    """The same prompt twice: the hit is the last page boundary, where a checkpoint is, and its content is the first's."""
+    """The same prompt twice: the hit ends at the last page boundary and holds what the first computed."""
     pool, probe = probed(checkpoint_every=256)
     tokens = prompt(rng, length + 4)
     first = pool.create(tokens)
@@ -52,7 +52,7 @@ def test_a_second_sequence_finds_what_the_first_computed(probed, rng, length):
 @pytest.mark.parametrize("back", [1, 2, 3, 4, 5, 7])
 @pytest.mark.parametrize("length", [5, 8, 127, 128, 130, 256, 257, 260, 384, 513])
 def test_truncation_is_exact(probed, rng, length, back):
-    """Take `back` tokens back over boundaries of 4, 64, 128 and 256, put others in their place: old and new both read right."""
+    """Take `back` tokens back over boundaries of 4, 64, 128 and 256, put others in their place: all reads right."""
     if back > length:
         back = length
     pool, probe = probed(max_draft=7)
@@ -95,7 +95,13 @@ def test_a_sequence_of_a_million_tokens(emulator):
     from conftest import small_pool
 
     pool = small_pool(
-        pages=4097, window_pages=140, checkpoints=4, max_sequences=2, max_length=1 << 20, max_in_flight=8192, max_tokens=8192
+        pages=4097,
+        window_pages=140,
+        checkpoints=4,
+        max_sequences=2,
+        max_length=1 << 20,
+        max_in_flight=8192,
+        max_tokens=8192,
     )
     seq = pool.create()
     for _ in range(128):
