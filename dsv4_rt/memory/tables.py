@@ -141,6 +141,11 @@ class Tables:
 
     # Marks.
 
+    @property
+    def marked(self) -> bool:
+        """Whether something was marked since the last upload: mirrors and device may differ."""
+        return bool(self._count or self._runs)
+
     def mark(self, name: str, flat_indices: NDArray[Any]) -> None:
         """Elements of a mirror have changed; `upload` reads their values.
 
