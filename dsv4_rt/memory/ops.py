@@ -169,13 +169,13 @@ class CopyPages:
         self._kinds = tuple(kinds)
         self._pieces = tuple(tuple(pieces) for pieces in kinds.values())  # keeps the arrays alive
         tables = [_tiles(name, pieces) for name, pieces in zip(self._kinds, self._pieces, strict=True)]
-        self._tiles = [len(table) for table in tables]
-        self._first = [sum(self._tiles[:i]) for i in range(len(tables))]
+        self._counts = [len(table) for table in tables]
+        self._first = [sum(self._counts[:i]) for i in range(len(tables))]
         self._limits = [_limits(pieces) for pieces in self._pieces]
         flat = np.concatenate([np.zeros(0, _TILE), *tables])
         self._table = device.array(flat.view(np.int32))
         device.synchronize()  # launches may be on any stream
-        self._table_ptr = view(self._table).ptr
+        self.tiles = view(self._table).ptr  # address of the table of tiles
         self._ready: dict[int, Prepared] = {}  # by grid
         self._record_bytes = [sum(view(p.source).shape[0] * p.nbytes for p in pieces) for pieces in self._pieces]
 
@@ -192,33 +192,38 @@ class CopyPages:
         Raises:
             ArgumentError: an unknown kind, another shape or dtype, no such page or row; nothing is copied.
         """
-        given = [self._checked(name, records.get(name)) for name in self._kinds]
-        unknown = set(records) - set(self._kinds)
-        if unknown:
-            raise ArgumentError(f"copy_pages: no kind {sorted(unknown)}; there are {', '.join(self._kinds)}")
-        warps = sum(len(rows) * tiles for rows, tiles in zip(given, self._tiles, strict=True))
+        message, warps = self.message(records)
         if not warps:
             return 0
-        if warps >= 2**31:
-            raise ArgumentError(f"copy_pages: {warps} pieces of 4 KiB in one call, at most 2^31 - 1; copy in parts")
-        words = 4 * (KINDS + sum(map(len, given)))
-        buffer = self._staging.take(words)
-        message = buffer.words[:words].reshape(-1, 4)
-        end, at = 0, KINDS
-        for i, rows in enumerate(given):
-            end += len(rows) * self._tiles[i]
-            message[i] = end, max(self._tiles[i], 1), self._first[i], at - KINDS
-            message[at : at + len(rows)] = rows
-            at += len(rows)
-        message[len(given) : KINDS] = end, 1, 0, 0
+        buffer = self._staging.take(message.size)
+        buffer.words[: message.size] = message.reshape(-1)
         blocks = grid(_ceil(warps, COPY_PAGES_WARPS))
         ready = self._ready.get(blocks)
         if ready is None:
             ready = self._ready[blocks] = prepare_copy_pages(self._device, blocks)
         buffer.begin()
-        ready.launch((self._table_ptr, buffer.on_device(words, stream), warps), stream)
+        ready.launch((self.tiles, buffer.on_device(message.size, stream), warps), stream)
         self._staging.sent(buffer, stream)
-        return sum(len(rows) * nbytes for rows, nbytes in zip(given, self._record_bytes, strict=True))
+        return sum(len(rows) * self._record_bytes[self._kinds.index(name)] for name, rows in records.items())
+
+    def message(self, records: Mapping[str, NDArray[np.int32]]) -> tuple[NDArray[np.int32], int]:
+        """The kernel's message for these records, int32 [6 + records, 4], and its warps; 0: nothing to do."""
+        given = [self._checked(name, records.get(name)) for name in self._kinds]
+        unknown = set(records) - set(self._kinds)
+        if unknown:
+            raise ArgumentError(f"copy_pages: no kind {sorted(unknown)}; there are {', '.join(self._kinds)}")
+        warps = sum(len(rows) * tiles for rows, tiles in zip(given, self._counts, strict=True))
+        if warps >= 2**31:
+            raise ArgumentError(f"copy_pages: {warps} pieces of 4 KiB in one call, at most 2^31 - 1; copy in parts")
+        message = np.empty((KINDS + sum(map(len, given)), 4), np.int32)
+        end, at = 0, KINDS
+        for i, rows in enumerate(given):
+            end += len(rows) * self._counts[i]
+            message[i] = end, max(self._counts[i], 1), self._first[i], at - KINDS
+            message[at : at + len(rows)] = rows
+            at += len(rows)
+        message[len(given) : KINDS] = end, 1, 0, 0
+        return message, warps
 
     def _checked(self, name: str, rows: NDArray[np.int32] | None) -> NDArray[np.int32]:
         if rows is None:

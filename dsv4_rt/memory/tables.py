@@ -30,7 +30,7 @@ from dsv4_rt.device import device as current_device
 from dsv4_rt.errors import ArgumentError
 from dsv4_rt.launch import Prepared
 from dsv4_rt.memory.ops import CHUNK, prepare_upload_deltas, runs_start, upload_deltas_grid
-from dsv4_rt.memory.staging import Staging, resolve_stream
+from dsv4_rt.memory.staging import Buffer, Staging, resolve_stream
 
 TABLE_ALIGN: Final = 32  # words: every table begins at a multiple of 128 B
 SHORT_RUN: Final = 32  # words: a shorter run travels as words alone, 8 B each, instead of as a chunk of 512 B
@@ -141,6 +141,11 @@ class Tables:
 
     # Marks.
 
+    @property
+    def marked(self) -> bool:
+        """Whether something was marked since the last upload: mirrors and device may differ."""
+        return bool(self._count or self._runs)
+
     def mark(self, name: str, flat_indices: NDArray[Any]) -> None:
         """Elements of a mirror have changed; `upload` reads their values.
 
@@ -230,6 +235,20 @@ class Tables:
         if not self._count and not self._runs:
             return 0
         handle = resolve_stream("Tables.upload", self._device, stream)
+        buffer, chunks, singles, staged = self._stage()
+        blocks = upload_deltas_grid(chunks, singles)
+        ready = self._ready.get(blocks)
+        if ready is None:
+            ready = self._ready[blocks] = prepare_upload_deltas(self._device, blocks)
+        buffer.begin()
+        ready.launch((self._arena_ptr, buffer.ptr, self._mirror.size, chunks, singles), handle)
+        self._staging.sent(buffer, handle)
+        self._count = 0
+        self._runs = []
+        return staged
+
+    def _stage(self) -> tuple[Buffer, int, int, int]:
+        """Everything marked as a message in the next staging buffer: (buffer, chunks, singles, bytes staged)."""
         if len(self._runs) > 1 and sum(words for _, words in self._runs) > self._mirror.size:
             self._join_runs()
         if self._count > self._mirror.size:
@@ -254,16 +273,7 @@ class Tables:
             marked = self._singles[:singles]
             pairs[:, 0] = marked
             pairs[:, 1] = self._mirror[marked]
-        blocks = upload_deltas_grid(chunks, singles)
-        ready = self._ready.get(blocks)
-        if ready is None:
-            ready = self._ready[blocks] = prepare_upload_deltas(self._device, blocks)
-        buffer.begin()
-        ready.launch((self._arena_ptr, buffer.ptr, self._mirror.size, chunks, singles), handle)
-        self._staging.sent(buffer, handle)
-        self._count = 0
-        self._runs = []
-        return staged
+        return buffer, chunks, singles, staged
 
 
 @lru_cache(maxsize=4096)

@@ -1,0 +1,1067 @@
+"""KVPool: sequences, their pages and block tables, prefix reuse, admission. The public face of dsv4_rt.memory.
+
+    pool = KVPool(KVLayout.for_model(FLASH), budget=0.8, max_sequences=256, max_length=1_048_576)
+    seq = pool.create(prompt)                       # pool.length(seq) tokens of it are there already
+    while ...:                                      # a step
+        pool.extend(seqs, counts)                   # all or nothing
+        pool.upload()                               # copies, then what changed in the tables
+        ...                                         # kernels write through slot_mapping, read through block_table
+    pool.free(seq)
+
+Rules. Everything a call refuses it refuses before it changes anything. The stream's order is the truth: what was
+uploaded and launched counts as computed when the sequence is next extended, forked, preempted or freed. One writer at
+a time: any thread may call, but a call that begins while another runs raises PoolMisuse, which costs one try-lock; an
+engine with several threads brings its own lock around what belongs together. Host arrays are plain NumPy.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+
+import numpy as np
+
+from dsv4_rt.checks import check_range
+from dsv4_rt.device import Device
+from dsv4_rt.device import device as current_device
+from dsv4_rt.errors import ArgumentError, PoolExhausted, PoolMisuse, TooLong
+from dsv4_rt.memory import admission
+from dsv4_rt.memory.admission import Need
+from dsv4_rt.memory.check import check
+from dsv4_rt.memory.copies import Copies
+from dsv4_rt.memory.layout import LIVES, WINDOW_TOKENS, KVLayout
+from dsv4_rt.memory.pages import Ints, Pages
+from dsv4_rt.memory.prefix import PAGE, Match, PrefixCache, page_digest, root_digest, root_serial
+from dsv4_rt.memory.sequences import NEVER, SHARED, STAGED, Sequences, as_tokens
+from dsv4_rt.memory.slots import StepSlots, mappings, spread
+from dsv4_rt.memory.storage import Storage
+from dsv4_rt.memory.tables import Tables
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _exclusive(method: Callable[Concatenate[KVPool, P], R]) -> Callable[Concatenate[KVPool, P], R]:
+    """The pool's owner check: whoever enters while somebody is inside is told so, and nothing happens."""
+
+    @functools.wraps(method)
+    def guarded(self: KVPool, *args: P.args, **kwargs: P.kwargs) -> R:
+        if not self._entry.acquire(blocking=False):
+            raise PoolMisuse(
+                f"{method.__name__}: another thread is inside the pool; one writer at a time, put a lock around it"
+            )
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self._entry.release()
+
+    return cast("Callable[Concatenate[KVPool, P], R]", guarded)
+
+
+@dataclass(frozen=True)
+class LifeStats:
+    """Pages or slots of one life cycle, the null page not counted: total = free + used + cached + fenced."""
+
+    total: int
+    free: int
+    used: int
+    cached: int  # idle, kept by the prefix cache, evictable
+    fenced: int  # let go while steps were in flight that may still read them
+    bytes_each: int
+
+
+@dataclass(frozen=True)
+class PoolStats:
+    """What `KVPool.stats` returns; counters run since the pool was made."""
+
+    full: LifeStats
+    window: LifeStats
+    state: LifeStats
+    checkpoint: LifeStats
+    sequences: int  # with a row
+    preempted: int
+    steps_in_flight: int
+    queried_tokens: int
+    hit_tokens: int
+    lost_tokens: int  # on cached pages that matched a prompt, behind the last living checkpoint
+    checkpoint_bytes: int  # living checkpoints: slots and the window pages they keep
+    checkpoints_taken: int
+    checkpoints_missed: int
+    evicted_pages: int
+    evicted_checkpoints: int
+    collisions: int
+    copied_pages: int  # copies on write
+    preemptions: int
+
+
+class KVPool:
+    """The paged memory of one model on one device."""
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        *,
+        budget: int | float | str | None = None,
+        pages: int | None = None,
+        window_pages: int | None = None,
+        checkpoints: int | None = None,
+        max_sequences: int,
+        max_length: int,
+        max_in_flight: int = 8192,
+        max_tokens: int | None = None,
+        max_draft: int = 0,
+        checkpoint_every: int = 4096,
+        watermark: float = 0.01,
+        steps_in_flight: int = 2,
+        device: Device | None = None,
+    ) -> None:
+        """
+        Args:
+            layout: the caches; made with the same max_draft.
+            budget: bytes for all arrays (int), or a fraction of the device's free memory (float or "0.8").
+            pages: 256-token pages, instead of a budget; like the two below without the null page.
+            window_pages: 64-token window pages; by default what max_sequences decoding sequences, the chunks in flight
+                and the checkpoints can hold.
+            checkpoints: checkpoint slots; by default one every `checkpoint_every` tokens of pages, one a sequence.
+                With 0 nothing is ever found again.
+            max_sequences: rows of the block tables, B.
+            max_length: tokens of the longest sequence; block tables have ceil(max_length / 256) columns.
+            max_in_flight: tokens by which one sequence may grow in a step.
+            max_tokens: tokens of a whole step; by default max_in_flight + max_sequences * (1 + max_draft).
+            max_draft: tokens that `truncate` may take back.
+            checkpoint_every: tokens between checkpoints, a multiple of 256.
+            watermark: the share of pages and window pages that `can_admit` leaves alone.
+            steps_in_flight: steps that may be between begin_step and end_step.
+            device: where; the current device if None.
+
+        Raises:
+            ArgumentError: a size out of range, rings in the layout that do not fit max_draft, too small a budget.
+        """
+        what = "KVPool"
+        self.layout = layout
+        self.device = device or current_device()
+        self.max_sequences = check_range(what, "max_sequences", max_sequences, 1, 1 << 20)
+        self.max_length = check_range(what, "max_length", max_length, 1, 2**30)
+        self.max_in_flight = check_range(what, "max_in_flight", max_in_flight, 1, 2**30)
+        self.max_draft = check_range(what, "max_draft", max_draft, 0, self.max_in_flight)
+        self.checkpoint_every = check_range(what, "checkpoint_every", checkpoint_every, PAGE, 2**30)
+        if self.checkpoint_every % PAGE:
+            raise ArgumentError(f"{what}: checkpoint_every = {checkpoint_every} is not a multiple of {PAGE}")
+        if not 0 <= watermark < 1:
+            raise ArgumentError(f"{what}: watermark = {watermark} is not a share from 0 to below 1")
+        self.watermark = float(watermark)
+        self.steps_in_flight = check_range(what, "steps_in_flight", steps_in_flight, 1, 64)
+        tokens = max_tokens if max_tokens is not None else max_in_flight + max_sequences * (1 + max_draft)
+        self.max_tokens = check_range(what, "max_tokens", tokens, 1, 2**30)
+        for cache in layout.of("state"):
+            if cache.entries not in (8 + max_draft, 128 + max_draft):
+                raise ArgumentError(
+                    f"{what}: {cache.name!r} has rings of {cache.entries} rows; with max_draft = {max_draft} they are "
+                    f"{8 + max_draft} or {128 + max_draft}: give the layout the same max_draft"
+                )
+        counts = admission.counts_for(
+            layout,
+            budget=_bytes(budget, self.device),
+            pages=_optional("pages", pages, 1),
+            window_pages=_optional("window_pages", window_pages, 1),
+            checkpoints=_optional("checkpoints", checkpoints, 0),
+            max_sequences=max_sequences,
+            max_in_flight=max_in_flight,
+            checkpoint_every=checkpoint_every,
+            steps_in_flight=steps_in_flight,
+        )
+        self._mappings, self._alias = mappings(layout)
+        self._width = admission.window_width(max_in_flight)
+        self._blocks = -(-max_length // PAGE)
+        self.storage = Storage(layout, self.device, counts, staging=2 * steps_in_flight)
+        self._tables = Tables(
+            self.device,
+            max_sequences,
+            self._blocks,
+            self._width,
+            self.max_tokens,
+            [m.name for m in self._mappings],
+            steps_in_flight,
+        )
+        evictions: dict[str, Callable[[Ints], None]] = {
+            "full": lambda pages: self._prefix.evict_full(pages),
+            "window": lambda pages: self._prefix.evict_window(pages),
+            "checkpoint": lambda slots: self._prefix.evict_checkpoints(slots),
+        }
+        self._lives = {life: Pages(life, counts[life], evictions.get(life, _never)) for life in LIVES}
+        self._full, self._window, self._state, _ = (self._lives[life] for life in LIVES)
+        self._copies = Copies(self._lives)
+        self._prefix = PrefixCache(self._lives, self._copies)
+        self._seqs = Sequences(max_sequences)
+        self._step = StepSlots(self._tables, self._mappings, self.max_tokens)
+        self._staged: list[Ints] = []  # rows flagged STAGED
+        self._epoch = 0
+        self._open: list[int] = []  # steps in flight, ascending
+        self._copied_pages = 0
+        self._preemptions = 0
+        self._entry = threading.Lock()
+
+    # --------------------------------------------------------------------------------------------------- sequences
+
+    @_exclusive
+    def create(self, tokens: Any = None, namespace: bytes = b"") -> int:
+        """A new sequence; with prompt tokens it begins with what the prefix cache has of them.
+
+        Args:
+            tokens: the prompt, integers. `length` then says how many of them need no computing: a multiple of 256,
+                at least one token less than the prompt.
+            namespace: only sequences of the same namespace share pages (an adapter, a tenant's salt).
+
+        Returns:
+            the sequence's id.
+
+        Raises:
+            PoolExhausted: no row or state slot is free.
+            TooLong: the prompt is longer than max_length, or than the whole pool can hold.
+            PoolMisuse: tokens that are no integers from 0 to 2^31 - 1; a namespace that is not bytes.
+        """
+        if not isinstance(namespace, bytes):
+            raise PoolMisuse(f"create: namespace is {type(namespace).__name__}; bytes are wanted")
+        prompt = as_tokens([] if tokens is None else tokens, "create")
+        self._refuse_too_long("create", prompt.size)
+        self._check_room("create")
+        match = self._prefix.match(prompt, namespace)
+        seq, row = self._seqs.admit(namespace, prompt, "create")
+        self._begin(row, match, prompt.size)
+        return seq
+
+    def _check_room(self, what: str) -> None:
+        if not self._seqs.free_rows:
+            raise PoolExhausted(f"{what}: all {self.max_sequences} rows are taken; free or preempt a sequence")
+        if not self._state.free:
+            raise PoolExhausted(
+                f"{what}: no state slot is free, {self._state.fenced} wait for steps in flight; end a step, or free a "
+                "sequence"
+            )
+
+    def _begin(self, row: int, match: Match, prompt: int) -> None:
+        """Seat a fresh row on what the cache has for it."""
+        s, tables, hit = self._seqs, self._tables, match.length
+        stats = self._prefix.stats
+        stats.queried_tokens += prompt
+        stats.hit_tokens += hit
+        stats.lost_tokens += match.lost
+        slot = int(self._state.take(1)[0])
+        tables.state[row] = slot
+        tables.mark("state", np.array([row]))
+        s.text[row].digests = match.digests
+        if hit:
+            n = hit // PAGE
+            self._full.share(match.pages)
+            self._window.share(match.window)
+            tables.full[row, :n] = match.pages
+            tables.mark_range("full", row * self._blocks, row * self._blocks + n)
+            first = hit // WINDOW_TOKENS - 2
+            columns = row * self._width + np.arange(first, first + 2) % self._width
+            tables.window.reshape(-1)[columns] = match.window
+            tables.mark("window", columns)
+            s.first_window[row] = first
+            s.length[row] = s.high[row] = s.floor[row] = hit
+            s.registered[row] = n
+            s.serial[row] = self._prefix.serial[match.pages[-1]]
+            tables.lengths[row] = hit
+            tables.mark("lengths", np.array([row]))
+            self._copies.restore(match.checkpoint, slot, hit)
+        self._rebase(np.array([row]))
+
+    @_exclusive
+    def extend(self, seqs: Any, counts: Any = None) -> None:
+        """Reserve the next positions of one sequence or a batch, all or nothing, and map their slots.
+
+            positions length .. length + count - 1 of each sequence, in the order of the batch
+
+        Pages that no later query can see leave the window, shared pages that would be written are copied, complete
+        pages enter the prefix cache, checkpoints are taken. Calls before the same upload add to one step.
+
+        Args:
+            seqs: an id, or a batch of different ids (an int64 array costs no conversion).
+            counts: tokens for each, or one number for all; None is 1. At most max_in_flight a sequence and step.
+
+        Raises:
+            PoolExhausted: not enough pages or window pages.
+            TooLong: a sequence would be longer than max_length, or than the whole pool.
+            UnknownSequence, PoolMisuse: a bad id, count or dtype, an id twice, more than max_tokens in the step.
+        """
+        s = self._seqs
+        ids = _ids(seqs, "extend")
+        rows = s.rows(ids, "extend")
+        n = s.length.take(rows)
+        ones = counts is None or (type(counts) is int and counts == 1)
+        if not ones:
+            c = _counts(counts, ids.size)
+            ones = bool((c == 1).all())
+        if ids.size > 1:
+            s.distinct(rows, "extend")
+        if not ones or s.flags.take(rows).any():
+            self._extend(rows, n, np.ones_like(n) if ones else c)
+            return
+        if not ids.size:
+            return
+        self._check_step(ids.size)
+        if int(n.max()) >= self.max_length:
+            self._refuse_too_long("extend", int(n.max()) + 1)
+        m = n + 1
+        wake = n >= s.wake.take(rows)
+        if wake.any():
+            self._reserve(rows[wake], n[wake], m[wake], n[wake])
+        self._step.add_ones(rows, n, s.window_base.take(rows), s.full_base.take(rows))
+        self._grow(rows, n, m)
+
+    def _extend(self, rows: Ints, n: Ints, c: Ints) -> None:
+        """The general case: any counts, rows that have staged tokens or share their last pages."""
+        s = self._seqs
+        if (c < 0).any():
+            raise PoolMisuse(f"extend: counts must not be negative; {int(c.min())} given")
+        self._check_step(int(c.sum()))
+        if not c.all():
+            rows, n, c = rows[c > 0], n[c > 0], c[c > 0]
+        if not rows.size:
+            return
+        m = n + c
+        base = np.where(s.flags.take(rows) & STAGED, s.settled.take(rows), n)
+        if int((m - base).max()) > self.max_in_flight:
+            i = int(np.argmax(m - base))
+            raise PoolMisuse(
+                f"extend: sequence {int(s.id_of[rows[i]])} by {int((m - base)[i])} tokens in one step; "
+                f"max_in_flight is {self.max_in_flight}: go in chunks, or make the pool with more"
+            )
+        if int(m.max()) > self.max_length:
+            self._refuse_too_long("extend", int(m.max()))
+        self._reserve(rows, n, m, base)
+        self._step.add(rows, n, c)
+        self._grow(rows, n, m)
+
+    def _check_step(self, tokens: int) -> None:
+        if self._step.count + tokens > self.max_tokens:
+            raise PoolMisuse(
+                f"extend: {tokens} tokens on top of {self._step.count} since the last upload; a step has at most "
+                f"max_tokens = {self.max_tokens}: upload first, or make the pool with more"
+            )
+
+    def _grow(self, rows: Ints, n: Ints, m: Ints) -> None:
+        """Note the new lengths; the rows are staged from now on."""
+        s = self._seqs
+        fresh = rows
+        if self._staged:
+            new = (s.flags.take(rows) & STAGED) == 0
+            if not new.all():
+                fresh, n = rows[new], n[new]
+        s.settled[fresh] = n
+        s.flags[rows] |= STAGED
+        if self.max_draft:
+            s.settled_high[fresh] = s.high.take(fresh)
+            s.high[rows] = np.maximum(s.high.take(rows), m)
+        s.length[rows] = m
+        self._staged.append(fresh)
+        self._tables.lengths[rows] = m
+        self._tables.mark("lengths", rows)
+
+    def _reserve(self, rows: Ints, n: Ints, m: Ints, base: Ints) -> None:
+        """Pages for rows that grow from n to m tokens, all or nothing; `base` is what is computed of them."""
+        s, full, window = self._seqs, self._full, self._window
+        full0, window0 = (n + 255) >> 8, (n + 63) >> 6
+        more_full, more_window = ((m + 255) >> 8) - full0, ((m + 63) >> 6) - window0
+        shared = rows[(s.flags.take(rows) & SHARED) != 0]
+        copies = self._shared_pages(shared) if shared.size else {}
+        want_full = int(more_full.sum()) + len(copies.get("full", ()))
+        want_window = int(more_window.sum()) + len(copies.get("window", ()))
+
+        high = np.maximum(s.high.take(rows), m) if self.max_draft else m
+        low = np.maximum(0, np.minimum(base, high - self.max_draft) - (admission.WINDOW - 1)) >> 6
+        held = s.first_window.take(rows)
+        leave = np.maximum(low - held, 0)
+        passed: tuple[Ints, Ints] | None = None
+        if leave.any():
+            which, index = spread(held, leave)
+            places = rows[which] * self._width + index % self._width
+            passed = places, self._tables.window.reshape(-1).take(places)
+
+        if want_full > full.available:
+            self._exhausted("extend", full, want_full)
+        if want_window > window.available:
+            released = window.freed_by(passed[1]) if passed is not None and not self._open else 0
+            if want_window > window.available + released:
+                self._exhausted("extend", window, want_window)
+
+        # Nothing below fails.
+        due = np.minimum(base, s.known.take(rows)) >> 8 > s.registered.take(rows)
+        for row in rows[due].tolist():
+            self._settle(row)
+        if passed is not None:
+            self._tables.window.reshape(-1)[passed[0]] = 0
+            self._tables.mark("window", passed[0])
+            self._let_go("window", passed[1], repeats=True)
+            s.first_window[rows] = np.maximum(low, held)
+        for life, places in copies.items():
+            self._copy_on_write(life, places)
+        if shared.size:
+            s.flags[shared] &= ~np.uint8(SHARED)
+        if want_full:
+            self._fill("full", rows, full0, more_full)
+        if want_window:
+            self._fill("window", rows, window0, more_window)
+        self._rebase(rows, m)
+
+    def _fill(self, life: str, rows: Ints, first: Ints, more: Ints) -> None:
+        """New pages into the table columns from index `first` on."""
+        which, index = spread(first, more)
+        if not which.size:
+            return
+        if life == "full":
+            places, table = rows[which] * self._blocks + index, self._tables.full
+        else:
+            places, table = rows[which] * self._width + index % self._width, self._tables.window
+        table.reshape(-1)[places] = self._lives[life].take(which.size)
+        self._tables.mark(life, places)
+
+    def _rebase(self, rows: Ints, lengths: Ints | None = None) -> None:
+        """Bring up to date what the fast path of `extend` needs: bases of the last pages, and when to wake up."""
+        s, tables = self._seqs, self._tables
+        length = s.length.take(rows) if lengths is None else lengths
+        last = np.maximum(length - 1, 0)
+        window, full = last >> 6, last >> 8
+        s.window_base[rows] = (tables.window.reshape(-1).take(rows * self._width + window % self._width) - window) << 6
+        s.full_base[rows] = (tables.full.reshape(-1).take(rows * self._blocks + full) - full) << 8
+        wake = (length + 63) & ~63
+        registered = s.registered.take(rows)
+        due = s.known.take(rows) >> 8 > registered
+        if due.any():
+            wake = np.where(due, np.minimum(wake, (registered + 1) << 8), wake)
+        high = np.maximum(s.high.take(rows), length)
+        low = (np.minimum(length, high - self.max_draft) - (admission.WINDOW - 1)) >> 6
+        s.wake[rows] = np.where(low > s.first_window.take(rows), 0, wake)
+
+    def _shared_pages(self, rows: Ints) -> dict[str, list[int]]:
+        """Places (flat, in the block tables) of partly filled pages that must be copied before these rows write.
+
+        Where all holders of a page are in the batch, the last one may have it, unless the prefix cache keeps it.
+        """
+        found: dict[str, list[int]] = {}
+        left: dict[tuple[str, int], int] = {}
+        for row in rows.tolist():
+            n = int(self._seqs.length[row])
+            for life, place in self._last_places(row, n):
+                pages = self._lives[life]
+                page = int(getattr(self._tables, life).reshape(-1)[place])
+                holders = left.get((life, page), int(pages.refs[page] - pages.pins[page]))
+                if holders > 1 or pages.keep[page]:
+                    found.setdefault(life, []).append(place)
+                    left[life, page] = holders - 1
+        return found
+
+    def _last_places(self, row: int, n: int) -> list[tuple[str, int]]:
+        """(life cycle, flat place in its table) of the pages that position n would be written to, if partly filled."""
+        places = []
+        if n % PAGE:
+            places.append(("full", row * self._blocks + n // PAGE))
+        if n % WINDOW_TOKENS:
+            places.append(("window", row * self._width + n // WINDOW_TOKENS % self._width))
+        return places
+
+    def _copy_on_write(self, life: str, places: list[int]) -> None:
+        table = getattr(self._tables, life).reshape(-1)
+        new = self._lives[life].take(len(places))
+        for place, target in zip(places, new.tolist(), strict=True):
+            source = int(table[place])
+            self._copies.copy(life, source, target)
+            self._let_go(life, np.array([source], np.int32))
+            table[place] = target
+        self._copied_pages += len(places)
+        self._tables.mark(life, np.array(places))
+
+    def _let_go(self, life: str, pages: Ints, repeats: bool = False) -> None:
+        idle = self._lives[life].drop(pages, self._copies.fence, repeats)
+        if idle.size and self._copies:
+            self._copies.abandon(life, idle)
+
+    @_exclusive
+    def append(self, seqs: Any, tokens: Any) -> None:
+        """The token ids of the next positions, in order; only what is known can be found again or resumed.
+
+        Args:
+            seqs: an id, and `tokens` are what follows in that sequence, before or behind its length; or a batch of
+                different ids, and `tokens` has one token for each.
+
+        Raises:
+            TooLong: more tokens than max_length.
+            UnknownSequence, PoolMisuse: a bad id or dtype, a token that is no integer from 0 to 2^31 - 1.
+        """
+        s = self._seqs
+        ids = _ids(seqs, "append")
+        rows = s.rows(ids, "append")
+        one = np.ndim(seqs) == 0
+        new = as_tokens([tokens] if one and np.ndim(tokens) == 0 else tokens, "append")
+        if not one and new.size != ids.size:
+            raise PoolMisuse(f"append: {new.size} tokens for {ids.size} sequences; a batch takes one for each")
+        if not new.size:
+            return
+        s.distinct(rows, "append")
+        known = int(s.known.take(rows).max()) + (new.size if one else 1)
+        if known > self.max_length:
+            raise TooLong(f"append: {known} tokens; the pool was made for max_length = {self.max_length}")
+        if one:
+            s.append(int(rows[0]), new)
+            complete = rows
+        else:
+            complete = s.append_one(rows, new)
+        for row in complete.tolist():
+            self._settle(row)
+        if complete.size:
+            self._rebase(complete)
+
+    def _computed(self, row: int) -> tuple[int, int]:
+        """(length, longest length) of what a row has computed: without the tokens of the step being put together."""
+        s = self._seqs
+        staged = s.flags[row] & STAGED
+        length = int(s.settled[row] if staged else s.length[row])
+        if not self.max_draft:
+            return length, length
+        return length, int(s.settled_high[row] if staged else s.high[row])
+
+    def _settle(self, row: int) -> None:
+        """Enter a row's complete, computed pages into the prefix cache and take the checkpoints that are due."""
+        s, prefix = self._seqs, self._prefix
+        length, high = self._computed(row)
+        end = min(length, int(s.known[row])) // PAGE
+        first = done = int(s.registered[row])
+        if end <= done:
+            return
+        text = s.text[row]
+        digests, namespace = text.digests, text.namespace
+        if len(digests) < end:
+            digest = digests[-1] if digests else root_digest(namespace)
+            raw = text.tokens.view(np.uint8).data
+            for j in range(len(digests), end):
+                digest = page_digest(digest, raw[4 * PAGE * j : 4 * PAGE * (j + 1)])
+                digests.append(digest)
+        serial = int(s.serial[row])
+        if done and not prefix.alive(digests[done - 1], serial):
+            done, serial = 0, root_serial(namespace)  # what it was linked to is gone: link it again from the start
+        every, prompt_end = self.checkpoint_every // PAGE, int(s.prompt_end[row]) // PAGE
+        table = self._tables.full[row]
+        for j in range(done, end):
+            page, serial = prefix.register(int(table[j]), digests[j], text.tokens[PAGE * j : PAGE * (j + 1)], serial)
+            if not page:
+                s.registered[row] = NEVER
+                return
+            if j >= first and ((j + 1) % every == 0 or j + 1 == prompt_end) and not prefix.checkpoint_of[page]:
+                self._checkpoint(row, page, (j + 1) * PAGE, high)
+        s.registered[row] = end
+        s.serial[row] = serial
+
+    def _checkpoint(self, row: int, page: int, boundary: int, high: int) -> None:
+        """Take the checkpoint at `boundary` if the rings still hold what it needs."""
+        state = int(self._tables.state[row])
+        first = boundary // WINDOW_TOKENS - 2
+        gone = high - boundary > 4 + self.max_draft or first < self._seqs.first_window[row]
+        if gone or state in self._copies.restores:
+            self._prefix.stats.checkpoints_missed += 1
+            return
+        window = self._tables.window[row].take(np.arange(first, first + 2) % self._width)
+        self._prefix.checkpoint(page, window, state, boundary)
+
+    @_exclusive
+    def truncate(self, seqs: Any, lengths: Any) -> None:
+        """Take tokens back (drafts that were not accepted), exactly; tokens appended from there on are forgotten.
+
+        The rings have room for max_draft tokens: a sequence cannot become shorter than its longest length ever minus
+        max_draft, nor shorter than what it got from the prefix cache. Tokens that the step being put together has
+        staged go nowhere then.
+
+        Args:
+            seqs: an id or a batch of different ids.
+            lengths: the new length, or one for each.
+
+        Raises:
+            PoolMisuse: longer than it is, or shorter than the rings allow; nothing changed.
+            UnknownSequence: a bad id.
+        """
+        s = self._seqs
+        ids = _ids(seqs, "truncate")
+        rows = s.rows(ids, "truncate")
+        s.distinct(rows, "truncate")
+        new = _counts(lengths, ids.size, "truncate", "lengths")
+        old = s.length.take(rows)
+        high = s.high.take(rows) if self.max_draft else old
+        least = np.maximum(high - self.max_draft, s.floor.take(rows))
+        bad = (new > old) | (new < least)
+        if bad.any():
+            i = int(np.argmax(bad))
+            raise PoolMisuse(
+                f"truncate: sequence {int(ids[i])} of {int(old[i])} tokens (at most {int(high[i])} so far) to "
+                f"{int(new[i])}; with max_draft = {self.max_draft} it can be from {max(0, int(least[i]))} on"
+            )
+        change = new < old
+        rows, new, old = rows[change], new[change], old[change]
+        if not rows.size:
+            return
+        over = ((new + 63) >> 6 < (old + 63) >> 6) | (s.known.take(rows) > new)
+        over |= (s.flags.take(rows) & STAGED != 0) | (s.registered.take(rows) << 8 > new)
+        for row, length in zip(rows[over].tolist(), new[over].tolist(), strict=True):
+            self._cut(row, length)
+        s.length[rows] = new
+        self._tables.lengths[rows] = new
+        self._tables.mark("lengths", rows)
+        self._rebase(rows)
+
+    def _cut(self, row: int, length: int) -> None:
+        """Let go of what lies wholly past `length`; the row's length is still the old one."""
+        s, tables = self._seqs, self._tables
+        old = int(s.length[row])
+        full = np.arange((length + 255) >> 8, (old + 255) >> 8)
+        if full.size:
+            pages = tables.full[row, full][::-1]
+            tables.full[row, full] = 0
+            tables.mark("full", row * self._blocks + full)
+            self._let_go("full", pages)
+        index = np.arange(max((length + 63) >> 6, int(s.first_window[row])), (old + 63) >> 6)
+        if index.size:
+            pages = tables.window[row, index % self._width][::-1]
+            tables.window[row, index % self._width] = 0
+            tables.mark("window", row * self._width + index % self._width)
+            self._let_go("window", pages)
+        if s.flags[row] & STAGED:
+            self._step.withdraw(row, length)
+            s.settled[row] = min(int(s.settled[row]), length)
+        s.forget_tokens(row, length)
+        if NEVER > s.registered[row] > length // PAGE:
+            n = length // PAGE
+            digests = s.text[row].digests
+            s.registered[row] = n
+            s.serial[row] = self._prefix.serial_of(digests[n - 1]) if n else root_serial(s.text[row].namespace)
+        s.flags[row] |= SHARED  # the prefix cache, or a checkpoint, may keep the page that is written next
+
+    @_exclusive
+    def fork(self, seq: int) -> int:
+        """Another sequence with the same past: pages shared, copied when one of both writes; the state copied now.
+
+        Raises:
+            PoolExhausted: no row or state slot is free.
+            PoolMisuse: the sequence has tokens that were not uploaded yet: upload and launch first.
+            UnknownSequence: a bad id.
+        """
+        s, tables = self._seqs, self._tables
+        row = self._one(seq, "fork")
+        if s.flags[row] & STAGED:
+            raise PoolMisuse(f"fork: sequence {seq} has tokens that are not uploaded; upload and launch, then fork")
+        self._check_room("fork")
+        self._settle(row)
+        text = s.text[row]
+        child, to = s.admit(text.namespace, s.tokens(row, 0, int(s.known[row])), "fork")
+        for array in (s.length, s.high, s.floor, s.first_window, s.registered, s.serial, s.prompt_end):
+            array[to] = array[row]
+        s.text[to].digests = list(text.digests)
+        slot = int(self._state.take(1)[0])
+        tables.state[to] = slot
+        tables.mark("state", np.array([to]))
+        length = int(s.length[row])
+        if length:
+            full, index = self._held(row)
+            columns = index % self._width
+            self._full.share(tables.full[row, :full])
+            self._window.share(tables.window[row, columns])
+            tables.full[to, :full] = tables.full[row, :full]
+            tables.mark_range("full", to * self._blocks, to * self._blocks + full)
+            tables.window[to, columns] = tables.window[row, columns]
+            tables.mark("window", to * self._width + columns)
+            tables.lengths[to] = length
+            tables.mark("lengths", np.array([to]))
+            self._copies.copy("state", int(tables.state[row]), slot)
+            s.flags[row] |= SHARED
+            s.flags[to] |= SHARED
+        self._rebase(np.array([row, to]))
+        return child
+
+    def _held(self, row: int) -> tuple[int, Ints]:
+        """(full pages held, indices of window pages held) of a row."""
+        length = int(self._seqs.length[row])
+        return (length + 255) >> 8, np.arange(int(self._seqs.first_window[row]), (length + 63) >> 6)
+
+    @_exclusive
+    def free(self, seq: int) -> None:
+        """The sequence ends: what nobody shares is free, or stays in the prefix cache until it is evicted.
+
+        Raises:
+            UnknownSequence: no such sequence, or freed already.
+        """
+        if _id(seq, "free") not in self._seqs.parked:
+            self._vacate(self._one(seq, "free"), park=False)
+        self._seqs.retire(seq)
+
+    @_exclusive
+    def preempt(self, seq: int) -> None:
+        """Take a sequence's pages, slot and row; it keeps its id and tokens, and `resume` brings it back.
+
+        Raises:
+            UnknownSequence, PoolMisuse: a bad id; preempted already.
+        """
+        self._vacate(self._one(seq, "preempt"), park=True)
+        self._preemptions += 1
+
+    @_exclusive
+    def resume(self, seq: int) -> int:
+        """Bring a preempted sequence back: a prefix lookup with all its known tokens, like `create`.
+
+        Returns:
+            its length now: what has to be recomputed begins there.
+
+        Raises:
+            PoolExhausted: no row or state slot is free.
+            UnknownSequence, PoolMisuse: a bad id; not preempted.
+        """
+        s = self._seqs
+        if _id(seq, "resume") not in s.parked:
+            s.row(seq, "resume")
+            raise PoolMisuse(f"resume: sequence {seq} is not preempted")
+        self._check_room("resume")
+        parked = s.parked[seq]
+        match = self._prefix.match(parked.tokens, parked.namespace)
+        row = s.readmit(seq)
+        self._begin(row, match, parked.tokens.size)
+        return match.length
+
+    def _vacate(self, row: int, *, park: bool) -> None:
+        s, tables = self._seqs, self._tables
+        self._settle(row)
+        full, index = self._held(row)
+        if s.flags[row] & STAGED:
+            self._step.withdraw(row, 0)
+            self._staged = [rows[rows != row] for rows in self._staged]
+        if full:
+            pages = tables.full[row, :full][::-1].copy()
+            tables.full[row, :full] = 0
+            tables.mark_range("full", row * self._blocks, row * self._blocks + full)
+            self._let_go("full", pages)
+        if index.size:
+            columns = index % self._width
+            pages = tables.window[row, columns][::-1]
+            tables.window[row, columns] = 0
+            tables.mark("window", row * self._width + columns)
+            self._let_go("window", pages)
+        self._let_go("state", tables.state[row : row + 1].copy())
+        tables.state[row] = tables.lengths[row] = 0
+        tables.mark("state", np.array([row]))
+        tables.mark("lengths", np.array([row]))
+        if park:
+            s.park(row)
+        else:
+            s.unseat(row)
+
+    # ------------------------------------------------------------------------------------------------------- steps
+
+    @_exclusive
+    def begin_step(self) -> int:
+        """A step is in flight from now on: pages let go before it ends are not handed out until then.
+
+        Returns:
+            the step's number, for `end_step`.
+
+        Raises:
+            PoolMisuse: steps_in_flight steps are in flight already.
+        """
+        if len(self._open) >= self.steps_in_flight:
+            raise PoolMisuse(
+                f"begin_step: {len(self._open)} steps are in flight, as many as the pool was made for; end one first"
+            )
+        self._epoch += 1
+        self._open.append(self._epoch)
+        self._copies.fence = self._epoch
+        return self._epoch
+
+    @_exclusive
+    def end_step(self, epoch: int) -> None:
+        """The device is through with a step (an event was waited for): it reads nothing any more.
+
+        Raises:
+            PoolMisuse: no such step is in flight.
+        """
+        if epoch not in self._open:
+            raise PoolMisuse(f"end_step: step {epoch} is not in flight; in flight are {self._open}")
+        self._open.remove(epoch)
+        self._copies.fence = self._open[-1] if self._open else 0
+        oldest = self._open[0] if self._open else self._epoch + 1
+        for pages in self._lives.values():
+            pages.retire(oldest)
+
+    @_exclusive
+    def upload(self, stream: Any = None) -> int:
+        """Carry out pending copies, then bring the device's tables up to date; the next `extend` begins a new step.
+
+        Call it outside graph capture, before the step's kernels or the replay of their graph. If it raises, nothing
+        is lost: what is pending stays pending, and another call does it all.
+
+        Args:
+            stream: the stream to work on; the caller's current stream if None. Never synchronises, unless more
+                uploads are on their way than steps_in_flight.
+
+        Returns:
+            bytes of table changes staged.
+        """
+        if self._copies:
+            kept = bool(self.layout.of("checkpoint"))
+            for batch in self._copies.batches():
+                save, restore = (batch.save, batch.restore) if kept else (None, None)
+                self.storage.copy(batch.whole, save=save, restore=restore, stream=stream)
+        self._step.trim()
+        staged = self._tables.upload(stream)
+        self._copies.done()
+        self._step.begin()
+        for rows in self._staged:
+            self._seqs.flags[rows] &= ~np.uint8(STAGED)
+        self._staged.clear()
+        return staged
+
+    # ---------------------------------------------------------------------------------------------------- admission
+
+    def need(self, length: int, cached: int = 0, chunk: int | None = None) -> Need:
+        """Pages that a sequence takes: the most it newly holds at any moment on its way from `cached` to `length`.
+
+        Args:
+            length: tokens.
+            cached: tokens that the prefix cache has (a multiple of 256, at a checkpoint).
+            chunk: tokens a step; max_in_flight if None. Each step is computed before the next is reserved: steps that
+                overlap hold fenced window pages on top.
+        """
+        length = check_range("KVPool.need", "length", length, 0, 2**30)
+        cached = check_range("KVPool.need", "cached", cached, 0, max(length, 0))
+        chunk = check_range("KVPool.need", "chunk", self.max_in_flight if chunk is None else chunk, 1, 2**30)
+        return admission.need(length, cached, chunk, self.max_draft, self.checkpoint_every)
+
+    @_exclusive
+    def can_admit(self, prompt: Any, namespace: bytes = b"", chunk: int | None = None) -> bool:
+        """Whether `create(prompt)` and extending it to its whole length would succeed now, above the watermark.
+
+        The answer is what allocation then does, as long as nobody else allocates: cached pages of the prefix are not
+        counted as evictable, pages waiting for steps in flight are not counted at all. A pool without sequences
+        ignores the watermark, so that whatever fits is admitted at some time.
+
+        Args:
+            prompt: its tokens, or a number of tokens (then nothing is looked up).
+            namespace: as for `create`.
+            chunk: tokens a step; max_in_flight if None.
+
+        Raises:
+            TooLong: it would never fit.
+            PoolMisuse: tokens that are no integers.
+        """
+        pinned_full = pinned_window = cached = 0
+        if isinstance(prompt, (int, np.integer)):
+            length = int(prompt)
+        else:
+            tokens = as_tokens(prompt, "can_admit")
+            length = tokens.size
+            match = self._prefix.match(tokens, namespace)
+            cached = match.length
+            pinned_full = int(np.count_nonzero(self._full.refs[match.pages] == 0))
+            pinned_window = int(np.count_nonzero(self._window.refs[match.window] == 0))
+        self._refuse_too_long("can_admit", length)
+        need = self.need(length, cached, chunk)
+        if not self._seqs.free_rows or self._state.free < need.state:
+            return False
+        share = self.watermark if self._seqs.free_rows < self.max_sequences else 0.0
+        return (
+            need.full + pinned_full + int(share * self._full.total) <= self._full.available
+            and need.window + pinned_window + int(share * self._window.total) <= self._window.available
+        )
+
+    def _refuse_too_long(self, what: str, length: int) -> None:
+        needed = admission.need(length, 0, self.max_in_flight, self.max_draft, self.checkpoint_every)
+        admission.refuse_too_long(what, length, self.max_length, self._full.total, self._window.total, needed)
+
+    def _exhausted(self, what: str, pages: Pages, wanted: int) -> None:
+        raise PoolExhausted(
+            f"{what}: {wanted} pages of the life cycle {pages.life!r} wanted; {pages.free} are free, {pages.cached} "
+            f"cached, {pages.fenced} wait for steps in flight, {pages.used} of {pages.total} are used. Free or preempt "
+            "a sequence, or end a step"
+        )
+
+    def next_checkpoint(self, seq: int) -> int:
+        """The next boundary at which a chunk of the prompt should end, so that a checkpoint can be taken there."""
+        row = self._one(seq, "next_checkpoint")
+        length, end = int(self._seqs.length[row]), int(self._seqs.prompt_end[row])
+        regular = (length // self.checkpoint_every + 1) * self.checkpoint_every
+        return min(end, regular) if end > length else regular
+
+    @_exclusive
+    def reset_prefix_cache(self) -> int:
+        """Forget all that could be found again (the weights have changed). Sequences go on; what they have computed
+        so far never enters the cache. Returns how many pages were registered."""
+        s = self._seqs
+        s.registered[s.id_of != 0] = NEVER
+        rows = np.flatnonzero(s.id_of)
+        count = self._prefix.reset()
+        self._rebase(rows)
+        return count
+
+    # ------------------------------------------------------------------------------------------- what is there
+
+    def length(self, seq: int) -> int:
+        """Tokens of a sequence that have positions; 0 while it is preempted."""
+        if seq in self._seqs.parked:
+            return 0
+        return int(self._seqs.length[self._one(seq, "length")])
+
+    def row(self, seq: int) -> int:
+        """The row of the block tables that the sequence has."""
+        return self._one(seq, "row")
+
+    def rows(self, seqs: Any) -> Ints:
+        """int32 [N]: `row` of a batch."""
+        return self._seqs.rows(_ids(seqs, "rows"), "rows").astype(np.int32)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of the step being put together: extended since the last upload."""
+        return self._step.count
+
+    def slot_mapping(self, cache: str) -> Any:
+        """int64 [max_tokens], on the device, always at this address: where the step's tokens go in a cache; -1 nowhere.
+
+        Raises:
+            ArgumentError: no cache of the life cycles full and window has that name.
+        """
+        return self._tables.device(f"slots.{self._mapped(cache)}")
+
+    def block_table(self, cache: str) -> Any:
+        """int32 [B, max_blocks], on the device, always at this address; for window caches the ring [B, width], whose
+        column (p // 64) % width has position p. 0, the null page, where a row has nothing."""
+        self._mapped(cache)
+        return self._tables.device(self.layout.cache(cache).life)
+
+    def _mapped(self, cache: str) -> str:
+        if cache not in self._alias:
+            raise ArgumentError(f"KVPool: {cache!r} has no block table; {', '.join(self._alias)} have")
+        return self._alias[cache]
+
+    @property
+    def lengths(self) -> Any:
+        """int32 [B], on the device, always at this address: tokens of each row."""
+        return self._tables.device("lengths")
+
+    @property
+    def state_slots(self) -> Any:
+        """int32 [B], on the device, always at this address: the state slot of each row; 0 without a sequence."""
+        return self._tables.device("state")
+
+    @property
+    def token_rows(self) -> Any:
+        """int32 [max_tokens], on the device, always at this address: the row of each of the step's tokens."""
+        return self._tables.device("token_rows")
+
+    @property
+    def positions(self) -> Any:
+        """int32 [max_tokens], on the device, always at this address: positions of the step's tokens, then -1."""
+        return self._tables.device("positions")
+
+    def view(self, layer: int, cache: str) -> Any:
+        """[pages, page_bytes] uint8: a cache of one layer."""
+        return self.storage.view(layer, cache)
+
+    def parts(self, layer: int, cache: str) -> dict[str, Any]:
+        """Named views of one layer's cache: [pages, entries, ...] a part."""
+        return self.storage.parts(layer, cache)
+
+    def records(self, layer: int, cache: str) -> Any:
+        """[pages, entries, 1, entry_bytes] uint8: the form FlashMLA takes."""
+        return self.storage.records(layer, cache)
+
+    def read_indexer_view(self, layer: int) -> Any:
+        """What the indexer of a layer reads."""
+        return self.storage.read_indexer_view(layer)
+
+    def stats(self) -> PoolStats:
+        """How full the pool is, and counters since it was made."""
+        size = {life: self.layout.bytes_of(life) for life in LIVES}
+        lives = {
+            life: LifeStats(p.total, p.free, p.used, p.cached, p.fenced, size[life]) for life, p in self._lives.items()
+        }
+        p = self._prefix.stats
+        return PoolStats(
+            full=lives["full"],
+            window=lives["window"],
+            state=lives["state"],
+            checkpoint=lives["checkpoint"],
+            sequences=self.max_sequences - self._seqs.free_rows,
+            preempted=len(self._seqs.parked),
+            steps_in_flight=len(self._open),
+            checkpoint_bytes=self._prefix.bytes_kept(size["checkpoint"], size["window"]),
+            copied_pages=self._copied_pages,
+            preemptions=self._preemptions,
+            **vars(p),
+        )
+
+    @_exclusive
+    def check(self) -> None:
+        """Prove all invariants: every page has exactly its holders, free + used + cached + fenced + null = all, the
+        eviction order, the prefix cache's links, slot mappings and, where nothing waits for an upload, the device's
+        tables. Slow; synchronises.
+
+        Raises:
+            PoolError: one does not hold.
+        """
+        check(self)
+
+    def _one(self, seq: int, what: str) -> int:
+        return self._seqs.row(_id(seq, what), what)
+
+
+def _never(pages: Ints) -> None:
+    raise AssertionError(f"pages {pages} of a life cycle that nobody caches were to be evicted")
+
+
+def _optional(name: str, value: int | None, least: int) -> int | None:
+    return None if value is None else check_range("KVPool", name, value, least, 2**31 - 2)
+
+
+def _bytes(budget: int | float | str | None, device: Device) -> int | None:
+    """A budget as bytes: a number of them, or a share of what is free on the device."""
+    if budget is None:
+        return None
+    if isinstance(budget, str):
+        try:
+            budget = float(budget)
+        except ValueError:
+            raise ArgumentError(f"KVPool: budget = {budget!r} is no number") from None
+    if isinstance(budget, float):
+        if not 0 < budget <= 1:
+            raise ArgumentError(f"KVPool: budget = {budget} is no share of free memory, from above 0 to 1")
+        return int(budget * admission.free_memory(device))
+    return check_range("KVPool", "budget", budget, 1, 2**62)
+
+
+def _id(seq: Any, what: str) -> int:
+    if isinstance(seq, (int, np.integer)) and not isinstance(seq, bool):
+        return int(seq)
+    raise PoolMisuse(f"{what}: a sequence id is an integer, not {type(seq).__name__}")
+
+
+def _ids(seqs: Any, what: str) -> Ints:
+    """An id or a batch of ids as int64 [N]."""
+    if type(seqs) is np.ndarray and seqs.dtype == np.int64 and seqs.ndim == 1:
+        return seqs
+    array = np.asarray(seqs)
+    if array.size == 0 and isinstance(seqs, Sequence):
+        return np.empty(0, np.int64)
+    if array.ndim > 1 or array.dtype.kind not in "iu":
+        raise PoolMisuse(f"{what}: sequence ids are {array.dtype} {array.shape}; integers are wanted")
+    return array.reshape(-1).astype(np.int64)
+
+
+def _counts(counts: Any, n: int, what: str = "extend", name: str = "counts") -> Ints:
+    """One number for all, or one each, as int64 [n]."""
+    array = np.asarray(counts)
+    if array.size == 0 and n == 0:
+        return np.empty(0, np.int64)
+    if array.dtype.kind not in "iu" or array.ndim > 1 or (array.ndim and array.size != n):
+        raise PoolMisuse(f"{what}: {name} are {array.dtype} {array.shape} for {n} sequences; integers, one each")
+    if array.size and (int(array.min()) < -(2**31) or int(array.max()) >= 2**31):
+        raise PoolMisuse(f"{what}: {name} from {array.min()} to {array.max()} are out of range")
+    return np.broadcast_to(array.astype(np.int64), (n,))
