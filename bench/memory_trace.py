@@ -229,8 +229,7 @@ class Engine:
         count = min(job.known - job.computed, budget)
         if count > 1:
             stop = self.timed(self.pool.next_checkpoint, job.seq)
-            if stop is not None and stop > job.computed:
-                count = min(count, stop - job.computed)
+            count = min(count, stop - job.computed)
         return count
 
     def admit(self):

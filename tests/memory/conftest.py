@@ -1,54 +1,15 @@
-"""What the tests of the pool share: small geometries, a pool with a probe, the bench scripts as modules."""
+"""What the tests of the pool share: a pool with a probe, the bench scripts as modules."""
 
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from probe import Probe
+from small import small_pool
 
 import dsv4_rt
-from dsv4_rt.memory import Cache, KVLayout, KVPool, Part
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
-
-U8 = np.dtype(np.uint8)
-WORD = (Part("data", U8, (8,)), Part("scale", U8, (8,), 1))  # an entry of 16 B in two segments of the page
-ROW = (Part("kv", U8, (8,)), Part("score", U8, (8,)))  # state rows are one piece of memory
-
-
-def small_layout(max_draft=0):
-    """Every cache of a model, in three layers (window only, CSA, HCA) and 16 B an entry: what a probe fills quickly."""
-    return KVLayout(
-        "small",
-        (
-            Cache("csa", "full", 4, 64, WORD, 16, (1,)),
-            Cache("index", "full", 4, 64, WORD, 16, (1,)),
-            Cache("hca", "full", 128, 2, WORD, 16, (2,)),
-            Cache("window", "window", 1, 64, WORD, 16, (0, 1, 2)),
-            Cache("csa_state", "state", 1, 8 + max_draft, ROW, 16, (1,)),
-            Cache("index_state", "state", 1, 8 + max_draft, ROW, 16, (1,)),
-            Cache("hca_state", "state", 1, 128 + max_draft, ROW, 16, (2,)),
-            Cache("csa_checkpoint", "checkpoint", 1, 4, ROW, 16, (1,), "csa_state"),
-            Cache("index_checkpoint", "checkpoint", 1, 4, ROW, 16, (1,), "index_state"),
-        ),
-    )
-
-
-def small_pool(**options):
-    """A pool of the small layout; every size may be overridden."""
-    sizes = {
-        "pages": 33,
-        "window_pages": 65,
-        "checkpoints": 9,
-        "max_sequences": 8,
-        "max_length": 4096,
-        "max_in_flight": 512,
-        "max_tokens": 1024,
-        "max_draft": 0,
-        "checkpoint_every": 512,
-    } | options
-    return KVPool(small_layout(sizes["max_draft"]), **sizes)
 
 
 @pytest.fixture

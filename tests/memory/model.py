@@ -288,6 +288,8 @@ class Model:
         s = self.get(name)
         if len(s.tokens) + len(tokens) > self.max_length:
             raise TooLong("append")
+        if not tokens:
+            return
         s.tokens += tokens
         self.settle(s)
 

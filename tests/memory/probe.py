@@ -41,6 +41,8 @@ class Probe:
         self.pool, self.device, self.layout = pool, device, pool.layout
         self.content = {}
         self.values = {}
+        self.namespace = {}
+        self.parked = set()  # preempted sequences: they have content, but no row
         self.checked = 0  # entries read back and found right
         self.salt = {
             (cache.name, layer): mix(U64(1000 * i + layer + 1))
@@ -48,9 +50,16 @@ class Probe:
             for layer in cache.layers
         }
 
-    def set_content(self, seq, tokens):
+    def set_content(self, seq, tokens, namespace=None):
+        """Token ids of a sequence from position 0 on; another namespace (an adapter) gives other values."""
+        if namespace is not None:
+            self.namespace[seq] = namespace
         self.content[seq] = np.asarray(tokens, np.int32)
-        self.values[seq] = prefix_values(tokens)
+        first = int.from_bytes(self.namespace.setdefault(seq, b""), "little")
+        self.values[seq] = prefix_values(np.concatenate([[first], self.content[seq]]))[1:]
+
+    def forget(self, seq):
+        del self.content[seq], self.values[seq], self.namespace[seq]
 
     def step(self, seqs, counts):
         """extend, upload, read back, write. Positions reserved must be covered by `content`."""
@@ -63,7 +72,7 @@ class Probe:
         self.check_step_tables(seqs, starts, counts)
         for seq, start in zip(seqs, starts, strict=True):
             self.read_back(seq, start)
-        self.write(seqs, starts, counts)
+        self.write()
 
     def host(self, array):
         return self.device.numpy(array)
@@ -86,24 +95,29 @@ class Probe:
                 emits = (want_positions + 1) % cache.ratio == 0
                 assert ((slots[:n] >= 0) == emits).all(), cache.name
 
-    def write(self, seqs, starts, counts):
-        """Entries of the step through the slot mapping; compressor rows by position."""
-        values = np.concatenate(
-            [self.values[q][s : s + c] for q, s, c in zip(seqs, starts, counts, strict=True)] or [[]]
-        ).astype(U64)
+    def write(self):
+        """What the step's kernels write: entries through the slot mapping, compressor rows by position."""
+        positions = self.host(self.pool.positions)
+        mine = positions >= 0
+        positions, rows = positions[mine], self.host(self.pool.token_rows)[mine]
+        owner = {self.pool.row(seq): seq for seq in self.content if seq not in self.parked}
+        values = np.zeros(len(positions), U64)
+        for row in np.unique(rows):
+            values[rows == row] = self.values[owner[row]][positions[rows == row]]
         for cache in self.layout.caches:
             if cache.life in ("full", "window"):
-                slots = self.host(self.pool.slot_mapping(cache.name))[: len(values)]
-                mine = slots >= 0
-                assert len(np.unique(slots[mine])) == mine.sum(), f"{cache.name}: two tokens of a step share a slot"
-                self.put(cache, slots[mine] // cache.entries, slots[mine] % cache.entries, values[mine])
+                slots = self.host(self.pool.slot_mapping(cache.name))
+                assert (slots[: len(mine)][~mine] == -1).all(), f"{cache.name}: a token without a position has a slot"
+                slots = slots[mine]
+                used = slots >= 0
+                assert len(np.unique(slots[used])) == used.sum(), f"{cache.name}: two tokens of a step share a slot"
+                self.put(cache, slots[used] // cache.entries, slots[used] % cache.entries, values[used])
             elif cache.life == "state":
-                state = self.host(self.pool.state_slots)
-                for seq, start, count in zip(seqs, starts, counts, strict=True):
-                    first = max(start, start + count - cache.entries)  # earlier rows of a long chunk are overwritten
-                    p = np.arange(first, start + count)
-                    page = np.full(len(p), state[self.pool.row(seq)])
-                    self.put(cache, page, p % cache.entries, self.values[seq][p])
+                state = self.host(self.pool.state_slots)[rows]
+                # Of a chunk longer than the ring the last rows stay; a GPU would not say which of two writes wins.
+                last = np.array([positions[rows == row].max() for row in rows], np.int64)
+                stays = positions > last - cache.entries
+                self.put(cache, state[stays], positions[stays] % cache.entries, values[stays])
 
     def read_back(self, seq, length):
         """Everything that a step starting at `length` may look at holds this sequence's values."""
@@ -165,7 +179,7 @@ class Probe:
 
     def check_tables(self):
         """Past its end a row holds the null page, a row without a sequence nothing else; null pages are zero."""
-        live = {self.pool.row(seq): seq for seq in self.content}
+        live = {self.pool.row(seq): seq for seq in self.content if seq not in self.parked}
         lengths = self.host(self.pool.lengths)
         for cache in self.layout.caches:
             if cache.life == "full":

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import small_pool
 from memory_trace import BLOCK, Engine, Request, make_trace, read_trace, upper_bound, write_trace
+from small import small_pool
 
 ROOT = Path(__file__).resolve().parents[2]
 
