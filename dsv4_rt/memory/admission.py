@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dsv4_rt.device import Device
-from dsv4_rt.errors import ArgumentError, TooLong
+from dsv4_rt.errors import ArgumentError
 from dsv4_rt.memory.layout import FULL_TOKENS, WINDOW_TOKENS, KVLayout
 
 WINDOW = 128  # positions a query sees: its own and 127 before
@@ -106,13 +106,11 @@ def counts_for(
     }
 
 
-def refuse_too_long(what: str, length: int, max_length: int, pages: int, window_pages: int, needed: Need) -> None:
-    """Raise TooLong if a sequence can never have that length."""
-    if length > max_length:
-        raise TooLong(f"{what}: {length} tokens; the pool was made for max_length = {max_length}")
-    for name, wanted, there in (("pages", needed.full, pages), ("window pages", needed.window, window_pages)):
-        if wanted > there:
-            raise TooLong(f"{what}: {length} tokens take {wanted} {name}; the whole pool has {there}")
+def longest(max_length: int, pages: int, window_pages: int, max_draft: int) -> int:
+    """The most tokens that a sequence can have in a pool of that many pages, in however small steps."""
+    for_ever = need(8 * WINDOW_TOKENS + WINDOW + max_draft, 0, 1, max_draft, FULL_TOKENS).window
+    window = max_length if window_pages >= for_ever else WINDOW_TOKENS * window_pages
+    return min(max_length, FULL_TOKENS * pages, window)
 
 
 def free_memory(device: Device) -> int:

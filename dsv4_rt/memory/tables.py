@@ -177,6 +177,20 @@ class Tables:
             np.add(both[:, 0], 1, out=both[:, 1])
         self._count = end
 
+    def mark_one(self, name: str, index: int) -> None:
+        """`mark` of one element of an int32 table, for a fraction of its cost.
+
+        Raises:
+            ArgumentError: an unknown table, one of int64, or an index outside it; nothing is marked.
+        """
+        first, width, count = self._where[self._known(name)]
+        if width != 1 or not 0 <= index < count:
+            raise ArgumentError(f"Tables.mark_one: {name!r} has {count} elements of {4 * width} B; {index} given")
+        if self._count == self._singles.size:
+            self._make_room(self._count + 1)
+        self._singles[self._count] = first + index
+        self._count += 1
+
     def mark_range(self, name: str, start: int, stop: int) -> None:
         """Elements start .. stop - 1 of a flattened mirror have changed.
 
