@@ -236,14 +236,17 @@ def test_a_buffer_is_not_overwritten_while_it_may_be_read(gpu, rng):
     """Copies queue behind a kernel that spins: with two staging buffers the third must wait for the first."""
     import cupy
 
-    storage, now = filled(gpu, rng, layers=1)
+    storage, _ = filled(gpu, rng, layers=1)
+    steps = [random_copies(rng, COUNTS) for _ in range(9)]
+    storage.copy({"full": rows((1, 2))})  # compiles, and gives a buffer its twin on the device
+    now = contents(storage)
     with cupy.cuda.Stream(non_blocking=True) as stream:
         keep_busy(gpu, stream)
-        for _ in range(9):
-            copies = random_copies(rng, COUNTS)
+        for copies in steps:
             storage.copy(copies, stream=stream)
-            now = reference.copy(storage.layout, now, copies)
         stream.synchronize()
+    for copies in steps:
+        now = reference.copy(storage.layout, now, copies)
     assert_same(storage, now)
 
 
