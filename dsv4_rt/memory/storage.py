@@ -37,7 +37,8 @@ class Storage:
         staging: how many calls of `copy` may be in flight before one waits.
 
     Raises:
-        ArgumentError: a life cycle without a count, or a count that int32 slots cannot address.
+        ArgumentError: a life cycle without a count, a count that int32 slots cannot address, state rows that are no
+            multiple of 16 B, or checkpointed rings of different lengths.
     """
 
     def __init__(self, layout: KVLayout, device: Device | None, counts: Mapping[str, int], staging: int = 2) -> None:
@@ -52,11 +53,11 @@ class Storage:
             slots = self.counts[cache.life] * cache.entries
             if slots >= 2**31:
                 raise ArgumentError(f"Storage: {slots} entries of {cache.name!r}; kernels address them by int32")
-        self._arrays = {cache.name: self._allocate(cache) for cache in layout.caches}
         self._layer = {cache.name: {layer: i for i, layer in enumerate(cache.layers)} for cache in layout.caches}
         self._rings = {layout.cache(cache.rows_of).entries for cache in layout.of("checkpoint")}
         if len(self._rings) > 1:
             raise ArgumentError(f"Storage: checkpoints of rings of {sorted(self._rings)} rows; one length is wanted")
+        self._arrays = {cache.name: self._allocate(cache) for cache in layout.caches}
         self._copy_pages = CopyPages(self.device, self._kinds(), Staging(self.device, staging))
 
     def _allocate(self, cache: Cache) -> Any:
@@ -139,7 +140,7 @@ class Storage:
             restore      = (checkpoint, state, L)  the other way
 
         All happen at once: no page may be written twice, or both read and written, by one call. Page 0 may be read,
-        which zeroes what it is copied to; it is never written.
+        which zeroes what it is copied to; it is never written. Kernels on other streams are the caller's to order.
 
         Args:
             copies: int32 [n, 2] by life cycle.
