@@ -168,13 +168,16 @@ class Tables:
         if end > self._singles.size:
             self._make_room(end)
             start, end = self._count, self._count + width * n
+        marked = self._singles[start:end]
         if width == 1:
-            np.add(flat, first, out=self._singles[start:end], casting="unsafe")
-        else:
-            both = self._singles[start:end].reshape(n, 2)
-            np.multiply(flat, 2, out=both[:, 0], casting="unsafe")
-            both[:, 0] += first
-            np.add(both[:, 0], 1, out=both[:, 1])
+            marked[:] = flat
+            marked += first
+        else:  # both words of an int64
+            marked[0::2] = flat
+            marked[0::2] *= 2
+            marked[0::2] += first
+            marked[1::2] = marked[0::2]
+            marked[1::2] += 1
         self._count = end
 
     def mark_one(self, name: str, index: int) -> None:
@@ -233,6 +236,8 @@ class Tables:
 
     def upload(self, stream: Any = None) -> int:
         """Bring the device's tables up to date: one launch for everything marked since the last upload.
+
+        Kernels that read the tables see it in stream order; those on other streams are the caller's to order.
 
         Args:
             stream: the stream to work on; the caller's current stream if None. Waits only if as many uploads as
