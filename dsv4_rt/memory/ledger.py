@@ -17,7 +17,7 @@ from dsv4_rt.errors import PoolExhausted
 from dsv4_rt.memory.admission import WINDOW
 from dsv4_rt.memory.copies import Copies
 from dsv4_rt.memory.pages import Ints, Pages
-from dsv4_rt.memory.prefix import PAGE, Match, PrefixCache, page_digest, root_digest, root_serial
+from dsv4_rt.memory.prefix import PAGE, Match, PrefixCache, page_digests, root_serial
 from dsv4_rt.memory.sequences import NEVER, SHARED, STAGED, Sequences
 from dsv4_rt.memory.slots import StepSlots, spread
 from dsv4_rt.memory.tables import Tables
@@ -324,12 +324,7 @@ class Ledger:
             return
         text = s.text[row]
         digests = text.digests
-        if len(digests) < end:
-            digest = digests[-1] if digests else root_digest(text.namespace)
-            raw = text.tokens.view(np.uint8).data
-            for j in range(len(digests), end):
-                digest = page_digest(digest, raw[4 * PAGE * j : 4 * PAGE * (j + 1)])
-                digests.append(digest)
+        page_digests(text.tokens, text.namespace, end, digests)
         serial = int(s.serial[row])
         if done and not prefix.alive(digests[done - 1], serial):
             done, serial = 0, root_serial(text.namespace)  # what it was linked to is gone: link it again from the start

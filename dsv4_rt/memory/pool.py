@@ -28,15 +28,15 @@ from dsv4_rt.checks import check_range
 from dsv4_rt.device import Device
 from dsv4_rt.device import device as current_device
 from dsv4_rt.errors import ArgumentError, PoolExhausted, PoolMisuse, TooLong
-from dsv4_rt.memory import admission
+from dsv4_rt.memory import admission, snapshot
 from dsv4_rt.memory.admission import Need
 from dsv4_rt.memory.check import check
 from dsv4_rt.memory.copies import Copies
 from dsv4_rt.memory.layout import LIVES, KVLayout
 from dsv4_rt.memory.ledger import Ledger
 from dsv4_rt.memory.pages import Ints, Pages
-from dsv4_rt.memory.prefix import PAGE, PrefixCache
-from dsv4_rt.memory.sequences import NEVER, STAGED, Sequences, as_tokens
+from dsv4_rt.memory.prefix import PAGE, PrefixCache, page_digests
+from dsv4_rt.memory.sequences import NEVER, STAGED, Parked, Sequences, as_tokens
 from dsv4_rt.memory.slots import StepSlots, mappings
 from dsv4_rt.memory.storage import Storage
 from dsv4_rt.memory.tables import Tables
@@ -109,6 +109,7 @@ class KVPool:
         pages: int | None = None,
         window_pages: int | None = None,
         checkpoints: int | None = None,
+        state_slots: int | None = None,
         max_sequences: int,
         max_length: int,
         max_in_flight: int = 8192,
@@ -128,6 +129,8 @@ class KVPool:
                 and the checkpoints can hold.
             checkpoints: checkpoint slots; by default one every `checkpoint_every` tokens of pages, one a sequence.
                 With 0 nothing is ever found again.
+            state_slots: at least one a sequence; by default max_sequences + steps_in_flight: a slot that is let go
+                while steps are in flight, or while a copy out of it waits for an upload, cannot be given out yet.
             max_sequences: rows of the block tables, B.
             max_length: tokens of the longest sequence; block tables have ceil(max_length / 256) columns.
             max_in_flight: tokens by which one sequence may grow in a step.
@@ -169,6 +172,9 @@ class KVPool:
             pages=_optional("pages", pages, 1),
             window_pages=_optional("window_pages", window_pages, 1),
             checkpoints=_optional("checkpoints", checkpoints, 0),
+            state_slots=self.max_sequences + self.steps_in_flight
+            if state_slots is None
+            else check_range(what, "state_slots", state_slots, max_sequences, 2**30),
             max_sequences=max_sequences,
             max_in_flight=max_in_flight,
             checkpoint_every=checkpoint_every,
@@ -480,16 +486,19 @@ class KVPool:
             PoolExhausted: no row or state slot is free.
             UnknownSequence, PoolMisuse: a bad id; not preempted.
         """
-        s = self._seqs
-        if _id(seq, "resume") not in s.parked:
-            s.row(seq, "resume")
-            raise PoolMisuse(f"resume: sequence {seq} is not preempted")
+        parked = self._parked(seq, "resume")
         self._check_room("resume")
-        parked = s.parked[seq]
         match = self._prefix.match(parked.tokens, parked.namespace)
-        row = s.readmit(seq)
+        row = self._seqs.readmit(seq)
         self._ledger.begin(row, match, parked.tokens.size)
         return match.length
+
+    def _parked(self, seq: int, what: str) -> Parked:
+        parked = self._seqs.parked.get(_id(seq, what))
+        if parked is None:
+            self._seqs.row(seq, what)
+            raise PoolMisuse(f"{what}: sequence {seq} is not preempted")
+        return parked
 
     # ------------------------------------------------------------------------------------------------------- steps
 
@@ -618,6 +627,21 @@ class KVPool:
                 f"{self._full.total} pages and {self._window.total} window pages in all: {self._longest} tokens at most"
             )
 
+    def can_resume(self, seq: int, chunk: int | None = None) -> bool:
+        """`can_admit` for a preempted sequence and the tokens that are known of it.
+
+        Raises:
+            UnknownSequence, PoolMisuse: a bad id; not preempted.
+        """
+        parked = self._parked(seq, "can_resume")
+        return self.can_admit(parked.tokens, parked.namespace, chunk)
+
+    def digests(self, tokens: Any, namespace: bytes = b"") -> list[bytes]:
+        """The digests under which the complete pages of a prompt are known here: 16 bytes each. Two prompts share
+        pages as far as these are equal, so that a router can send them to the same pool."""
+        prompt = as_tokens(tokens, "digests")
+        return page_digests(prompt, namespace, prompt.size // PAGE)
+
     def next_checkpoint(self, seq: int) -> int:
         """The next boundary at which a chunk of the prompt should end, so that a checkpoint can be taken there."""
         row = self._one(seq, "next_checkpoint")
@@ -732,6 +756,38 @@ class KVPool:
             preemptions=self._preemptions,
             **vars(p),
         )
+
+    @_exclusive
+    def snapshot(self) -> bytes:
+        """The whole pool as plain bytes, versioned and checksummed: books, tokens, and the contents of every page that
+        is not free. Synchronises. The same history gives the same bytes.
+
+        Raises:
+            PoolMisuse: steps are in flight, or something waits for an upload.
+        """
+        self.device.synchronize()
+        return snapshot.dump(self)
+
+    @classmethod
+    def restore(cls, data: bytes, layout: KVLayout, *, device: Device | None = None) -> KVPool:
+        """A pool like the one that `snapshot` saw, under the same ids, on any device.
+
+        Raises:
+            SnapshotError: not a snapshot, damaged, of another version or another layout.
+        """
+        header, arrays = snapshot.parse(data, layout)
+        settings, counts = header["settings"], header["counts"]
+        pool = cls(
+            layout,
+            pages=counts["full"] - 1,
+            window_pages=counts["window"] - 1,
+            checkpoints=counts["checkpoint"] - 1,
+            state_slots=counts["state"] - 1,
+            device=device,
+            **settings,
+        )
+        snapshot.load(pool, header, arrays)
+        return pool
 
     @_exclusive
     def check(self) -> None:

@@ -51,6 +51,17 @@ def root_serial(namespace: bytes) -> int:
     return -int.from_bytes(hashlib.blake2b(namespace, digest_size=7).digest(), "little") - 1
 
 
+def page_digests(tokens: Ints, namespace: bytes, pages: int, known: list[bytes] | None = None) -> list[bytes]:
+    """The digests of the first pages of int32 tokens; `known` are the first ones of them, if some are."""
+    digests = known if known is not None else []
+    digest = digests[-1] if digests else root_digest(namespace)
+    raw = tokens.view(np.uint8).data
+    for at in range(4 * PAGE * len(digests), 4 * PAGE * pages, 4 * PAGE):
+        digest = page_digest(digest, raw[at : at + 4 * PAGE])
+        digests.append(digest)
+    return digests
+
+
 @dataclass
 class Match:
     """What the cache has of a prompt."""
