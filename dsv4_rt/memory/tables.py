@@ -295,7 +295,7 @@ class Tables:
         return buffer, chunks, singles, staged
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)
 def _heads(first: int, words: int) -> I32Array:
     """(word, count) of every chunk of a run; runs come back step after step."""
     words_at = np.arange(first, first + words, CHUNK, dtype=np.int32)
