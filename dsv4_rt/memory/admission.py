@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dsv4_rt.device import Device
-from dsv4_rt.errors import ArgumentError, TooLong
-from dsv4_rt.memory.layout import FULL_TOKENS, WINDOW_TOKENS, KVLayout
+from dsv4_rt.errors import ArgumentError
+from dsv4_rt.memory.layout import FULL_TOKENS, LIVES, WINDOW_TOKENS, KVLayout
 
 WINDOW = 128  # positions a query sees: its own and 127 before
 
@@ -67,6 +67,7 @@ def counts_for(
     pages: int | None,
     window_pages: int | None,
     checkpoints: int | None,
+    state_slots: int,
     max_sequences: int,
     max_in_flight: int,
     checkpoint_every: int,
@@ -74,11 +75,11 @@ def counts_for(
 ) -> dict[str, int]:
     """Pages by life cycle, null pages included, from what the caller fixed and a budget of bytes for the rest.
 
-    State: a slot a sequence. Window: 4 pages a sequence, which is what decoding holds at most, and the pages that a
+    Window: 4 pages a sequence, which is what decoding holds at most, and the pages that a
     whole chunk passes through in each step in flight, and 2 a checkpoint. Checkpoints: one for every
     `checkpoint_every` tokens of full pages and one a sequence. Full pages take what is left of the budget.
     """
-    size = {life: layout.bytes_of(life) for life in ("full", "window", "state", "checkpoint")}
+    size = {life: layout.bytes_of(life) for life in LIVES}
     moving = min(4 * max_sequences + window_width(max_in_flight) * steps_in_flight, 2**30)
     per_page = FULL_TOKENS / checkpoint_every if checkpoints is None else 0.0
     fixed = max_sequences if checkpoints is None else checkpoints
@@ -86,7 +87,7 @@ def counts_for(
         if budget is None:
             raise ArgumentError("KVPool: neither budget nor pages is given")
         kept = size["checkpoint"] + (2 * size["window"] if window_pages is None else 0)
-        spent = (max_sequences + 1) * size["state"] + size["full"] + size["window"] + size["checkpoint"]
+        spent = (state_slots + 1) * size["state"] + size["full"] + size["window"] + size["checkpoint"]
         spent += (window_pages if window_pages is not None else moving) * size["window"] + fixed * kept
         pages = int((budget - spent) // (size["full"] + per_page * kept)) if budget > spent else 0
         if pages < 1:
@@ -101,18 +102,16 @@ def counts_for(
     return {
         "full": pages + 1,
         "window": window_pages + 1,
-        "state": max_sequences + 1,
+        "state": state_slots + 1,
         "checkpoint": checkpoints + 1,
     }
 
 
-def refuse_too_long(what: str, length: int, max_length: int, pages: int, window_pages: int, needed: Need) -> None:
-    """Raise TooLong if a sequence can never have that length."""
-    if length > max_length:
-        raise TooLong(f"{what}: {length} tokens; the pool was made for max_length = {max_length}")
-    for name, wanted, there in (("pages", needed.full, pages), ("window pages", needed.window, window_pages)):
-        if wanted > there:
-            raise TooLong(f"{what}: {length} tokens take {wanted} {name}; the whole pool has {there}")
+def longest(max_length: int, pages: int, window_pages: int, max_draft: int) -> int:
+    """The most tokens that a sequence can have in a pool of that many pages, in however small steps."""
+    for_ever = need(8 * WINDOW_TOKENS + WINDOW + max_draft, 0, 1, max_draft, FULL_TOKENS).window
+    window = max_length if window_pages >= for_ever else WINDOW_TOKENS * window_pages
+    return min(max_length, FULL_TOKENS * pages, window)
 
 
 def free_memory(device: Device) -> int:

@@ -56,10 +56,12 @@ def _check_rows(pool: KVPool, holders: dict[str, Ints]) -> None:
         _demand(table[:full].all() and not table[full:].any(), f"{name}: pages up to its end, then null pages")
         np.add.at(holders["full"], table[:full], 1)
         first, last = int(s.first_window[row]) if seated[row] else 0, -(-n // 64)
-        columns = np.arange(first, last) % pool._width
-        _demand(last - first <= pool._width, f"{name}: {last - first} window pages in a ring of {pool._width}")
+        columns = np.arange(first, last) % pool._ledger.width
+        _demand(
+            last - first <= pool._ledger.width, f"{name}: {last - first} window pages in a ring of {pool._ledger.width}"
+        )
         _demand(n == 0 or first <= max(0, n - 127) // 64, f"{name}: window begins at page {first}, too late")
-        others = np.ones(pool._width, bool)
+        others = np.ones(pool._ledger.width, bool)
         others[columns] = False
         ring = tables.window[row]
         _demand(ring[columns].all() and not ring[others].any(), f"{name}: window pages {first} to {last - 1}, no other")
@@ -70,11 +72,11 @@ def _check_rows(pool: KVPool, holders: dict[str, Ints]) -> None:
         _demand(s.row(seq, "check") == row, f"{name}: id {seq} leads to another row")
         _demand(seq not in s.parked, f"{name}: sequence {seq} is preempted and has a row")
         if n % 64:
-            _demand(s.window_base[row] + n == ring[n // 64 % pool._width] * 64 + n % 64, f"{name}: window base")
+            _demand(s.window_base[row] + n == ring[n // 64 % pool._ledger.width] * 64 + n % 64, f"{name}: window base")
         if n % PAGE:
             _demand(s.full_base[row] + n == table[n // PAGE] * PAGE + n % PAGE, f"{name}: full base")
         _demand(s.wake[row] <= -(-n // 64) * 64, f"{name}: wakes at {s.wake[row]}, too late")
-        staged = any(row in rows for rows in pool._staged)
+        staged = any(row in rows for rows in pool._ledger.staged)
         _demand(staged == bool(s.flags[row] & STAGED), f"{name}: flagged as staged, or listed, but not both")
         _demand(len(s.text[row].tokens) >= int(s.known[row]) // PAGE * PAGE, f"{name}: tokens are missing")
         if pool.max_draft:
@@ -151,7 +153,7 @@ def _check_step(pool: KVPool) -> None:
         if m.life == "full":
             page, tokens = tables.full[rows, np.maximum(p, 0) // PAGE].astype(np.int64), PAGE
         else:
-            page, tokens = tables.window[rows, np.maximum(p, 0) // 64 % pool._width].astype(np.int64), 64
+            page, tokens = tables.window[rows, np.maximum(p, 0) // 64 % pool._ledger.width].astype(np.int64), 64
         want = (page * tokens + p % tokens) // m.ratio
         if m.life == "window":  # a step may be longer than the ring keeps behind its sequences' ends
             there = there & (p >= 64 * pool._seqs.first_window[rows])

@@ -198,7 +198,7 @@ class KVLayout:
             max_draft: speculated tokens that may have to be taken back: rows the state rings are longer by.
 
         Raises:
-            ArgumentError: a record, an index format or a compress ratio that is not among these.
+            ArgumentError: a record, an index format, a compress ratio or a width that is not among these.
         """
         if record not in RECORDS:
             raise ArgumentError(f"KVLayout.for_model: record = {record!r} is none of {', '.join(RECORDS)}")
@@ -208,8 +208,11 @@ class KVLayout:
         if odd:
             raise ArgumentError(f"KVLayout.for_model: {model.name} has compress ratios {odd}; 0, 4 and 128 are known")
         check_range("KVLayout.for_model", "max_draft", max_draft, 0, 1024)
-        if record in ("v4", "v4.1", "v4.1-fp4") and model.head_dim != 512:
-            raise ArgumentError(f"KVLayout.for_model: record {record!r} is 512 wide, {model.name} {model.head_dim}")
+        if (model.head_dim, model.rope_dim, model.index_head_dim) != (512, 64, 128):
+            raise ArgumentError(
+                f"KVLayout.for_model: records are 512 wide, 64 of it rotated, index keys 128; {model.name} has "
+                f"{model.head_dim}, {model.rope_dim} and {model.index_head_dim}"
+            )
         every = tuple(range(model.num_layers))
         csa = tuple(i for i in every if model.compress_ratios[i] == CSA_RATIO)
         hca = tuple(i for i in every if model.compress_ratios[i] == HCA_RATIO)

@@ -113,10 +113,12 @@ def prepare_upload_deltas(device: Device, blocks: int) -> Prepared:
 # -------------------------------------------------------------------------------------------------- copy_pages
 
 COPY_PAGES = "memory/copy_pages.cu"
-COPY_PAGES_WARPS = 8
+# Warps a block, words a tile. bench/results/h200-copy-pages-tiles.txt, H200: 512 pages take the same time with 4 to 16
+# words a lane and 4 to 16 warps, one page 3.1 us with 4 and 4, 3.4 with 8 and 8, 5.2 with 16 and 16.
+COPY_PAGES_WARPS = 4
 KINDS: Final = 6  # kinds of record a launch can take
 WORD: Final = 16  # bytes
-TILE_WORDS: Final = 256  # at most: 8 words a lane
+TILE_WORDS: Final = 128  # at most: 4 words a lane
 LINE_WORDS: Final = 8  # words of a cache line: tiles end at one
 
 _TILE = np.dtype(
@@ -143,6 +145,9 @@ class Piece:
     target: Any
     nbytes: int
     row: int = 0
+
+
+_NO_RECORDS: Final = np.empty((0, 4), np.int32)
 
 
 class CopyPages:
@@ -214,28 +219,30 @@ class CopyPages:
             raise ArgumentError(f"copy_pages: no kind {sorted(unknown)}; there are {', '.join(self._kinds)}")
         warps = sum(len(rows) * tiles for rows, tiles in zip(given, self._counts, strict=True))
         if warps >= 2**31:
-            raise ArgumentError(f"copy_pages: {warps} pieces of 4 KiB in one call, at most 2^31 - 1; copy in parts")
+            raise ArgumentError(f"copy_pages: {warps} pieces of 2 KiB in one call, at most 2^31 - 1; copy in parts")
         message = np.empty((KINDS + sum(map(len, given)), 4), np.int32)
-        end, at = 0, KINDS
-        for i, rows in enumerate(given):
-            end += len(rows) * self._counts[i]
-            message[i] = end, max(self._counts[i], 1), self._first[i], at - KINDS
-            message[at : at + len(rows)] = rows
-            at += len(rows)
-        message[len(given) : KINDS] = end, 1, 0, 0
+        segments, end, at = [], 0, 0
+        for rows, tiles, first in zip(given, self._counts, self._first, strict=True):
+            end += len(rows) * tiles
+            segments.append((end, max(tiles, 1), first, at))
+            if len(rows):
+                message[KINDS + at : KINDS + at + len(rows)] = rows
+                at += len(rows)
+        segments += [(end, 1, 0, 0)] * (KINDS - len(given))
+        message[:KINDS] = segments
         return message, warps
 
     def _checked(self, name: str, rows: NDArray[np.int32] | None) -> NDArray[np.int32]:
         if rows is None:
-            return np.empty((0, 4), np.int32)
+            return _NO_RECORDS
         if not isinstance(rows, np.ndarray) or rows.dtype != I32 or rows.ndim != 2 or rows.shape[1] != 4:
             what = f"{rows.dtype} {rows.shape}" if isinstance(rows, np.ndarray) else type(rows).__name__
             raise ArgumentError(f"copy_pages: records of {name!r} are {what}; a NumPy int32 [n, 4] is wanted")
         limits = self._limits[self._kinds.index(name)]
         if len(rows) and limits is not None:
-            bad = ((rows < 0) | (rows >= limits)).any(axis=1)
+            bad = rows.view(np.uint32) >= limits  # a negative number is a huge one
             if bad.any():
-                first = rows[bad][0].tolist()
+                first = rows[bad.any(axis=1)][0].tolist()
                 raise ArgumentError(
                     f"copy_pages: record {first} of {name!r} (from page, to page, from row, to row) must be below "
                     f"{limits.tolist()} and not negative"
@@ -291,8 +298,8 @@ def prepare_copy_pages(device: Device, blocks: int) -> Prepared:
     return load(COPY_PAGES, name, device).prepare(blocks, LANES * COPY_PAGES_WARPS, *(POINTER,) * 3)
 
 
-# Registers: an SM should hold 64 warps of the one and 32 of the other.
+# Registers: an SM should hold 64 warps of the one and 48 of the other.
 INSTANCES = (
     Instance(UPLOAD_DELTAS, f"upload_deltas<{UPLOAD_DELTAS_WARPS}>", 32),
-    Instance(COPY_PAGES, f"copy_pages<{COPY_PAGES_WARPS}>", 64),
+    Instance(COPY_PAGES, f"copy_pages<{COPY_PAGES_WARPS}>", 40),
 )

@@ -57,8 +57,9 @@ class Pages:
         self.free = count - 1
         self.cached = 0
         self.fenced = 0
-        self.fence_of = np.zeros(count, np.int64)
-        self._fences: deque[tuple[int, Ints]] = deque()
+        self.entry_of = np.zeros(count, np.int64)  # of fenced pages: the entry that counts, the latest
+        self._fences: deque[tuple[int, int, Ints]] = deque()  # step, number of the entry, pages
+        self._entries = 0
         self.place = np.full(count, -1, np.int64)
         self._queue = np.zeros(2 * count + 64, np.int32)
         self._head = self._tail = 0  # positions count up for ever; the array is a ring
@@ -111,6 +112,10 @@ class Pages:
             the pages that nobody holds any more.
         """
         if repeats:
+            order = np.arange(pages.size)
+            self._mark[pages] = order
+            repeats = bool((self._mark[pages] != order).any())
+        if repeats:
             np.subtract.at(self.refs, pages, 1)
             idle = pages[self.refs[pages] == 0]
             order = np.arange(idle.size)
@@ -122,13 +127,18 @@ class Pages:
         if idle.size:
             if fence:
                 self.where[idle] = FENCED
-                self.fence_of[idle] = fence
+                self._entries += 1
+                self.entry_of[idle] = self._entries
                 self.fenced += idle.size
-                self._fences.append((fence, idle))
+                self._fences.append((fence, self._entries, idle))
             else:
                 self._settle(idle)
         left: Ints = idle
         return left
+
+    def sole(self, pages: Ints) -> bool:
+        """Whether each of these used pages would be free, not cached, if its only holder let go."""
+        return int(np.maximum.reduce(self.refs.take(pages))) == 1 and not np.logical_or.reduce(self.keep.take(pages))
 
     def freed_by(self, pages: Ints) -> int:
         """How many pages `drop(pages, 0, repeats=True)` would make available."""
@@ -138,8 +148,8 @@ class Pages:
     def retire(self, oldest: int) -> None:
         """Steps before `oldest` have ended: pages that waited for them are free or cached now."""
         while self._fences and self._fences[0][0] < oldest:
-            epoch, pages = self._fences.popleft()
-            waiting = pages[(self.where[pages] == FENCED) & (self.fence_of[pages] == epoch)]
+            _, entry, pages = self._fences.popleft()
+            waiting = pages[(self.where[pages] == FENCED) & (self.entry_of[pages] == entry)]
             self.fenced -= waiting.size
             self._settle(waiting)
 
@@ -161,7 +171,7 @@ class Pages:
 
     def waiting(self) -> list[tuple[int, Ints]]:
         """(step, pages that wait for its end), oldest first."""
-        return [(epoch, p[(self.where[p] == FENCED) & (self.fence_of[p] == epoch)]) for epoch, p in self._fences]
+        return [(fence, p[(self.where[p] == FENCED) & (self.entry_of[p] == entry)]) for fence, entry, p in self._fences]
 
     def restore_queue(self, pages: Ints) -> None:
         """Set the LRU order of a fresh object to these cached pages, oldest first."""

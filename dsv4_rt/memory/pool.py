@@ -28,15 +28,16 @@ from dsv4_rt.checks import check_range
 from dsv4_rt.device import Device
 from dsv4_rt.device import device as current_device
 from dsv4_rt.errors import ArgumentError, PoolExhausted, PoolMisuse, TooLong
-from dsv4_rt.memory import admission
+from dsv4_rt.memory import admission, snapshot
 from dsv4_rt.memory.admission import Need
 from dsv4_rt.memory.check import check
 from dsv4_rt.memory.copies import Copies
-from dsv4_rt.memory.layout import LIVES, WINDOW_TOKENS, KVLayout
+from dsv4_rt.memory.layout import LIVES, KVLayout
+from dsv4_rt.memory.ledger import Ledger
 from dsv4_rt.memory.pages import Ints, Pages
-from dsv4_rt.memory.prefix import PAGE, Match, PrefixCache, page_digest, root_digest, root_serial
-from dsv4_rt.memory.sequences import NEVER, SHARED, STAGED, Sequences, as_tokens
-from dsv4_rt.memory.slots import StepSlots, mappings, spread
+from dsv4_rt.memory.prefix import PAGE, PrefixCache, page_digests
+from dsv4_rt.memory.sequences import NEVER, STAGED, Parked, Sequences, as_tokens
+from dsv4_rt.memory.slots import StepSlots, mappings
 from dsv4_rt.memory.storage import Storage
 from dsv4_rt.memory.tables import Tables
 
@@ -84,14 +85,14 @@ class PoolStats:
     sequences: int  # with a row
     preempted: int
     steps_in_flight: int
-    queried_tokens: int
-    hit_tokens: int
-    lost_tokens: int  # on cached pages that matched a prompt, behind the last living checkpoint
+    tokens_queried: int
+    tokens_hit: int
+    tokens_lost: int  # on cached pages that matched a prompt, behind the last living checkpoint
     checkpoint_bytes: int  # living checkpoints: slots and the window pages they keep
     checkpoints_taken: int
     checkpoints_missed: int
-    evicted_pages: int
-    evicted_checkpoints: int
+    evictions: int
+    checkpoint_evictions: int
     collisions: int
     copied_pages: int  # copies on write
     preemptions: int
@@ -108,6 +109,7 @@ class KVPool:
         pages: int | None = None,
         window_pages: int | None = None,
         checkpoints: int | None = None,
+        state_slots: int | None = None,
         max_sequences: int,
         max_length: int,
         max_in_flight: int = 8192,
@@ -127,6 +129,8 @@ class KVPool:
                 and the checkpoints can hold.
             checkpoints: checkpoint slots; by default one every `checkpoint_every` tokens of pages, one a sequence.
                 With 0 nothing is ever found again.
+            state_slots: at least one a sequence; by default max_sequences + steps_in_flight: a slot that is let go
+                while steps are in flight, or while a copy out of it waits for an upload, cannot be given out yet.
             max_sequences: rows of the block tables, B.
             max_length: tokens of the longest sequence; block tables have ceil(max_length / 256) columns.
             max_in_flight: tokens by which one sequence may grow in a step.
@@ -168,20 +172,21 @@ class KVPool:
             pages=_optional("pages", pages, 1),
             window_pages=_optional("window_pages", window_pages, 1),
             checkpoints=_optional("checkpoints", checkpoints, 0),
+            state_slots=self.max_sequences + self.steps_in_flight
+            if state_slots is None
+            else check_range(what, "state_slots", state_slots, max_sequences, 2**30),
             max_sequences=max_sequences,
             max_in_flight=max_in_flight,
             checkpoint_every=checkpoint_every,
             steps_in_flight=steps_in_flight,
         )
         self._mappings, self._alias = mappings(layout)
-        self._width = admission.window_width(max_in_flight)
-        self._blocks = -(-max_length // PAGE)
         self.storage = Storage(layout, self.device, counts, staging=2 * steps_in_flight)
         self._tables = Tables(
             self.device,
             max_sequences,
-            self._blocks,
-            self._width,
+            -(-max_length // PAGE),
+            admission.window_width(max_in_flight),
             self.max_tokens,
             [m.name for m in self._mappings],
             steps_in_flight,
@@ -196,11 +201,20 @@ class KVPool:
         self._copies = Copies(self._lives)
         self._prefix = PrefixCache(self._lives, self._copies)
         self._seqs = Sequences(max_sequences)
+        self._longest = admission.longest(max_length, self._full.total, self._window.total, max_draft)
         self._step = StepSlots(self._tables, self._mappings, self.max_tokens)
-        self._staged: list[Ints] = []  # rows flagged STAGED
+        self._ledger = Ledger(
+            self._seqs,
+            self._tables,
+            self._lives,
+            self._copies,
+            self._prefix,
+            self._step,
+            self.max_draft,
+            self.checkpoint_every,
+        )
         self._epoch = 0
         self._open: list[int] = []  # steps in flight, ascending
-        self._copied_pages = 0
         self._preemptions = 0
         self._entry = threading.Lock()
 
@@ -230,7 +244,7 @@ class KVPool:
         self._check_room("create")
         match = self._prefix.match(prompt, namespace)
         seq, row = self._seqs.admit(namespace, prompt, "create")
-        self._begin(row, match, prompt.size)
+        self._ledger.begin(row, match, prompt.size)
         return seq
 
     def _check_room(self, what: str) -> None:
@@ -241,36 +255,6 @@ class KVPool:
                 f"{what}: no state slot is free, {self._state.fenced} wait for steps in flight; end a step, or free a "
                 "sequence"
             )
-
-    def _begin(self, row: int, match: Match, prompt: int) -> None:
-        """Seat a fresh row on what the cache has for it."""
-        s, tables, hit = self._seqs, self._tables, match.length
-        stats = self._prefix.stats
-        stats.queried_tokens += prompt
-        stats.hit_tokens += hit
-        stats.lost_tokens += match.lost
-        slot = int(self._state.take(1)[0])
-        tables.state[row] = slot
-        tables.mark("state", np.array([row]))
-        s.text[row].digests = match.digests
-        if hit:
-            n = hit // PAGE
-            self._full.share(match.pages)
-            self._window.share(match.window)
-            tables.full[row, :n] = match.pages
-            tables.mark_range("full", row * self._blocks, row * self._blocks + n)
-            first = hit // WINDOW_TOKENS - 2
-            columns = row * self._width + np.arange(first, first + 2) % self._width
-            tables.window.reshape(-1)[columns] = match.window
-            tables.mark("window", columns)
-            s.first_window[row] = first
-            s.length[row] = s.high[row] = s.floor[row] = hit
-            s.registered[row] = n
-            s.serial[row] = self._prefix.serial[match.pages[-1]]
-            tables.lengths[row] = hit
-            tables.mark("lengths", np.array([row]))
-            self._copies.restore(match.checkpoint, slot, hit)
-        self._rebase(np.array([row]))
 
     @_exclusive
     def extend(self, seqs: Any, counts: Any = None) -> None:
@@ -291,6 +275,13 @@ class KVPool:
             UnknownSequence, PoolMisuse: a bad id, count or dtype, an id twice, more than max_tokens in the step.
         """
         s = self._seqs
+        if type(seqs) is list and len(seqs) == 1:
+            seqs = seqs[0]
+            counts = counts[0] if type(counts) is list and len(counts) == 1 else counts
+        if type(seqs) is int:
+            one = type(counts) is int
+            self._extend_one(seqs, counts if one else 1 if counts is None else int(_counts(counts, 1)[0]))
+            return
         ids = _ids(seqs, "extend")
         rows = s.rows(ids, "extend")
         n = s.length.take(rows)
@@ -306,38 +297,57 @@ class KVPool:
         if not ids.size:
             return
         self._check_step(ids.size)
-        if int(n.max()) >= self.max_length:
-            self._refuse_too_long("extend", int(n.max()) + 1)
+        self._refuse_too_long("extend", int(n.max()) + 1)
         m = n + 1
         wake = n >= s.wake.take(rows)
         if wake.any():
-            self._reserve(rows[wake], n[wake], m[wake], n[wake])
+            self._ledger.reserve(rows[wake], n[wake], m[wake], n[wake])
         self._step.add_ones(rows, n, s.window_base.take(rows), s.full_base.take(rows))
-        self._grow(rows, n, m)
+        self._ledger.grow(rows, n, m)
 
     def _extend(self, rows: Ints, n: Ints, c: Ints) -> None:
         """The general case: any counts, rows that have staged tokens or share their last pages."""
         s = self._seqs
         if (c < 0).any():
             raise PoolMisuse(f"extend: counts must not be negative; {int(c.min())} given")
-        self._check_step(int(c.sum()))
         if not c.all():
             rows, n, c = rows[c > 0], n[c > 0], c[c > 0]
         if not rows.size:
             return
         m = n + c
         base = np.where(s.flags.take(rows) & STAGED, s.settled.take(rows), n)
-        if int((m - base).max()) > self.max_in_flight:
-            i = int(np.argmax(m - base))
-            raise PoolMisuse(
-                f"extend: sequence {int(s.id_of[rows[i]])} by {int((m - base)[i])} tokens in one step; "
-                f"max_in_flight is {self.max_in_flight}: go in chunks, or make the pool with more"
-            )
-        if int(m.max()) > self.max_length:
-            self._refuse_too_long("extend", int(m.max()))
-        self._reserve(rows, n, m, base)
+        longest = int(np.argmax(m - base))
+        self._check_growth(int(rows[longest]), int(base[longest]), int(m[longest]))
+        self._refuse_too_long("extend", int(m.max()))
+        self._check_step(int(c.sum()))
+        self._ledger.reserve(rows, n, m, base)
         self._step.add(rows, n, c)
-        self._grow(rows, n, m)
+        self._ledger.grow(rows, n, m)
+
+    def _extend_one(self, seq: int, c: int) -> None:
+        """One sequence, without arrays."""
+        s = self._seqs
+        row = s.row(seq, "extend")
+        if c <= 0:
+            if c < 0:
+                raise PoolMisuse(f"extend: counts must not be negative; {c} given")
+            return
+        n = int(s.length[row])
+        m = n + c
+        base = int(s.settled[row]) if s.flags[row] & STAGED else n
+        self._check_growth(row, base, m)
+        self._refuse_too_long("extend", m)
+        self._check_step(c)
+        self._ledger.reserve_few([(row, n, m, base)])
+        self._step.add_one(row, n, c)
+        self._ledger.grow_one(row, n, m)
+
+    def _check_growth(self, row: int, base: int, m: int) -> None:
+        if m - base > self.max_in_flight:
+            raise PoolMisuse(
+                f"extend: sequence {int(self._seqs.id_of[row])} by {m - base} tokens in one step; max_in_flight is "
+                f"{self.max_in_flight}: go in chunks, or make the pool with more"
+            )
 
     def _check_step(self, tokens: int) -> None:
         if self._step.count + tokens > self.max_tokens:
@@ -345,142 +355,6 @@ class KVPool:
                 f"extend: {tokens} tokens on top of {self._step.count} since the last upload; a step has at most "
                 f"max_tokens = {self.max_tokens}: upload first, or make the pool with more"
             )
-
-    def _grow(self, rows: Ints, n: Ints, m: Ints) -> None:
-        """Note the new lengths; the rows are staged from now on."""
-        s = self._seqs
-        fresh = rows
-        if self._staged:
-            new = (s.flags.take(rows) & STAGED) == 0
-            if not new.all():
-                fresh, n = rows[new], n[new]
-        s.settled[fresh] = n
-        s.flags[rows] |= STAGED
-        if self.max_draft:
-            s.settled_high[fresh] = s.high.take(fresh)
-            s.high[rows] = np.maximum(s.high.take(rows), m)
-        s.length[rows] = m
-        self._staged.append(fresh)
-        self._tables.lengths[rows] = m
-        self._tables.mark("lengths", rows)
-
-    def _reserve(self, rows: Ints, n: Ints, m: Ints, base: Ints) -> None:
-        """Pages for rows that grow from n to m tokens, all or nothing; `base` is what is computed of them."""
-        s, full, window = self._seqs, self._full, self._window
-        full0, window0 = (n + 255) >> 8, (n + 63) >> 6
-        more_full, more_window = ((m + 255) >> 8) - full0, ((m + 63) >> 6) - window0
-        shared = rows[(s.flags.take(rows) & SHARED) != 0]
-        copies = self._shared_pages(shared) if shared.size else {}
-        want_full = int(more_full.sum()) + len(copies.get("full", ()))
-        want_window = int(more_window.sum()) + len(copies.get("window", ()))
-
-        high = np.maximum(s.high.take(rows), m) if self.max_draft else m
-        low = np.maximum(0, np.minimum(base, high - self.max_draft) - (admission.WINDOW - 1)) >> 6
-        held = s.first_window.take(rows)
-        leave = np.maximum(low - held, 0)
-        passed: tuple[Ints, Ints] | None = None
-        if leave.any():
-            which, index = spread(held, leave)
-            places = rows[which] * self._width + index % self._width
-            passed = places, self._tables.window.reshape(-1).take(places)
-
-        if want_full > full.available:
-            self._exhausted("extend", full, want_full)
-        if want_window > window.available:
-            released = window.freed_by(passed[1]) if passed is not None and not self._open else 0
-            if want_window > window.available + released:
-                self._exhausted("extend", window, want_window)
-
-        # Nothing below fails.
-        due = np.minimum(base, s.known.take(rows)) >> 8 > s.registered.take(rows)
-        for row in rows[due].tolist():
-            self._settle(row)
-        if passed is not None:
-            self._tables.window.reshape(-1)[passed[0]] = 0
-            self._tables.mark("window", passed[0])
-            self._let_go("window", passed[1], repeats=True)
-            s.first_window[rows] = np.maximum(low, held)
-        for life, places in copies.items():
-            self._copy_on_write(life, places)
-        if shared.size:
-            s.flags[shared] &= ~np.uint8(SHARED)
-        if want_full:
-            self._fill("full", rows, full0, more_full)
-        if want_window:
-            self._fill("window", rows, window0, more_window)
-        self._rebase(rows, m)
-
-    def _fill(self, life: str, rows: Ints, first: Ints, more: Ints) -> None:
-        """New pages into the table columns from index `first` on."""
-        which, index = spread(first, more)
-        if not which.size:
-            return
-        if life == "full":
-            places, table = rows[which] * self._blocks + index, self._tables.full
-        else:
-            places, table = rows[which] * self._width + index % self._width, self._tables.window
-        table.reshape(-1)[places] = self._lives[life].take(which.size)
-        self._tables.mark(life, places)
-
-    def _rebase(self, rows: Ints, lengths: Ints | None = None) -> None:
-        """Bring up to date what the fast path of `extend` needs: bases of the last pages, and when to wake up."""
-        s, tables = self._seqs, self._tables
-        length = s.length.take(rows) if lengths is None else lengths
-        last = np.maximum(length - 1, 0)
-        window, full = last >> 6, last >> 8
-        s.window_base[rows] = (tables.window.reshape(-1).take(rows * self._width + window % self._width) - window) << 6
-        s.full_base[rows] = (tables.full.reshape(-1).take(rows * self._blocks + full) - full) << 8
-        wake = (length + 63) & ~63
-        registered = s.registered.take(rows)
-        due = s.known.take(rows) >> 8 > registered
-        if due.any():
-            wake = np.where(due, np.minimum(wake, (registered + 1) << 8), wake)
-        high = np.maximum(s.high.take(rows), length)
-        low = (np.minimum(length, high - self.max_draft) - (admission.WINDOW - 1)) >> 6
-        s.wake[rows] = np.where(low > s.first_window.take(rows), 0, wake)
-
-    def _shared_pages(self, rows: Ints) -> dict[str, list[int]]:
-        """Places (flat, in the block tables) of partly filled pages that must be copied before these rows write.
-
-        Where all holders of a page are in the batch, the last one may have it, unless the prefix cache keeps it.
-        """
-        found: dict[str, list[int]] = {}
-        left: dict[tuple[str, int], int] = {}
-        for row in rows.tolist():
-            n = int(self._seqs.length[row])
-            for life, place in self._last_places(row, n):
-                pages = self._lives[life]
-                page = int(getattr(self._tables, life).reshape(-1)[place])
-                holders = left.get((life, page), int(pages.refs[page] - pages.pins[page]))
-                if holders > 1 or pages.keep[page]:
-                    found.setdefault(life, []).append(place)
-                    left[life, page] = holders - 1
-        return found
-
-    def _last_places(self, row: int, n: int) -> list[tuple[str, int]]:
-        """(life cycle, flat place in its table) of the pages that position n would be written to, if partly filled."""
-        places = []
-        if n % PAGE:
-            places.append(("full", row * self._blocks + n // PAGE))
-        if n % WINDOW_TOKENS:
-            places.append(("window", row * self._width + n // WINDOW_TOKENS % self._width))
-        return places
-
-    def _copy_on_write(self, life: str, places: list[int]) -> None:
-        table = getattr(self._tables, life).reshape(-1)
-        new = self._lives[life].take(len(places))
-        for place, target in zip(places, new.tolist(), strict=True):
-            source = int(table[place])
-            self._copies.copy(life, source, target)
-            self._let_go(life, np.array([source], np.int32))
-            table[place] = target
-        self._copied_pages += len(places)
-        self._tables.mark(life, np.array(places))
-
-    def _let_go(self, life: str, pages: Ints, repeats: bool = False) -> None:
-        idle = self._lives[life].drop(pages, self._copies.fence, repeats)
-        if idle.size and self._copies:
-            self._copies.abandon(life, idle)
 
     @_exclusive
     def append(self, seqs: Any, tokens: Any) -> None:
@@ -513,60 +387,9 @@ class KVPool:
         else:
             complete = s.append_one(rows, new)
         for row in complete.tolist():
-            self._settle(row)
+            self._ledger.settle(row)
         if complete.size:
-            self._rebase(complete)
-
-    def _computed(self, row: int) -> tuple[int, int]:
-        """(length, longest length) of what a row has computed: without the tokens of the step being put together."""
-        s = self._seqs
-        staged = s.flags[row] & STAGED
-        length = int(s.settled[row] if staged else s.length[row])
-        if not self.max_draft:
-            return length, length
-        return length, int(s.settled_high[row] if staged else s.high[row])
-
-    def _settle(self, row: int) -> None:
-        """Enter a row's complete, computed pages into the prefix cache and take the checkpoints that are due."""
-        s, prefix = self._seqs, self._prefix
-        length, high = self._computed(row)
-        end = min(length, int(s.known[row])) // PAGE
-        first = done = int(s.registered[row])
-        if end <= done:
-            return
-        text = s.text[row]
-        digests, namespace = text.digests, text.namespace
-        if len(digests) < end:
-            digest = digests[-1] if digests else root_digest(namespace)
-            raw = text.tokens.view(np.uint8).data
-            for j in range(len(digests), end):
-                digest = page_digest(digest, raw[4 * PAGE * j : 4 * PAGE * (j + 1)])
-                digests.append(digest)
-        serial = int(s.serial[row])
-        if done and not prefix.alive(digests[done - 1], serial):
-            done, serial = 0, root_serial(namespace)  # what it was linked to is gone: link it again from the start
-        every, prompt_end = self.checkpoint_every // PAGE, int(s.prompt_end[row]) // PAGE
-        table = self._tables.full[row]
-        for j in range(done, end):
-            page, serial = prefix.register(int(table[j]), digests[j], text.tokens[PAGE * j : PAGE * (j + 1)], serial)
-            if not page:
-                s.registered[row] = NEVER
-                return
-            if j >= first and ((j + 1) % every == 0 or j + 1 == prompt_end) and not prefix.checkpoint_of[page]:
-                self._checkpoint(row, page, (j + 1) * PAGE, high)
-        s.registered[row] = end
-        s.serial[row] = serial
-
-    def _checkpoint(self, row: int, page: int, boundary: int, high: int) -> None:
-        """Take the checkpoint at `boundary` if the rings still hold what it needs."""
-        state = int(self._tables.state[row])
-        first = boundary // WINDOW_TOKENS - 2
-        gone = high - boundary > 4 + self.max_draft or first < self._seqs.first_window[row]
-        if gone or state in self._copies.restores:
-            self._prefix.stats.checkpoints_missed += 1
-            return
-        window = self._tables.window[row].take(np.arange(first, first + 2) % self._width)
-        self._prefix.checkpoint(page, window, state, boundary)
+            self._ledger.rebase(complete, s.length.take(complete))
 
     @_exclusive
     def truncate(self, seqs: Any, lengths: Any) -> None:
@@ -606,38 +429,11 @@ class KVPool:
         over = ((new + 63) >> 6 < (old + 63) >> 6) | (s.known.take(rows) > new)
         over |= (s.flags.take(rows) & STAGED != 0) | (s.registered.take(rows) << 8 > new)
         for row, length in zip(rows[over].tolist(), new[over].tolist(), strict=True):
-            self._cut(row, length)
+            self._ledger.cut(row, length)
         s.length[rows] = new
         self._tables.lengths[rows] = new
         self._tables.mark("lengths", rows)
-        self._rebase(rows)
-
-    def _cut(self, row: int, length: int) -> None:
-        """Let go of what lies wholly past `length`; the row's length is still the old one."""
-        s, tables = self._seqs, self._tables
-        old = int(s.length[row])
-        full = np.arange((length + 255) >> 8, (old + 255) >> 8)
-        if full.size:
-            pages = tables.full[row, full][::-1]
-            tables.full[row, full] = 0
-            tables.mark("full", row * self._blocks + full)
-            self._let_go("full", pages)
-        index = np.arange(max((length + 63) >> 6, int(s.first_window[row])), (old + 63) >> 6)
-        if index.size:
-            pages = tables.window[row, index % self._width][::-1]
-            tables.window[row, index % self._width] = 0
-            tables.mark("window", row * self._width + index % self._width)
-            self._let_go("window", pages)
-        if s.flags[row] & STAGED:
-            self._step.withdraw(row, length)
-            s.settled[row] = min(int(s.settled[row]), length)
-        s.forget_tokens(row, length)
-        if NEVER > s.registered[row] > length // PAGE:
-            n = length // PAGE
-            digests = s.text[row].digests
-            s.registered[row] = n
-            s.serial[row] = self._prefix.serial_of(digests[n - 1]) if n else root_serial(s.text[row].namespace)
-        s.flags[row] |= SHARED  # the prefix cache, or a checkpoint, may keep the page that is written next
+        self._ledger.rebase(rows, new)
 
     @_exclusive
     def fork(self, seq: int) -> int:
@@ -648,42 +444,15 @@ class KVPool:
             PoolMisuse: the sequence has tokens that were not uploaded yet: upload and launch first.
             UnknownSequence: a bad id.
         """
-        s, tables = self._seqs, self._tables
+        s = self._seqs
         row = self._one(seq, "fork")
         if s.flags[row] & STAGED:
             raise PoolMisuse(f"fork: sequence {seq} has tokens that are not uploaded; upload and launch, then fork")
         self._check_room("fork")
-        self._settle(row)
-        text = s.text[row]
-        child, to = s.admit(text.namespace, s.tokens(row, 0, int(s.known[row])), "fork")
-        for array in (s.length, s.high, s.floor, s.first_window, s.registered, s.serial, s.prompt_end):
-            array[to] = array[row]
-        s.text[to].digests = list(text.digests)
-        slot = int(self._state.take(1)[0])
-        tables.state[to] = slot
-        tables.mark("state", np.array([to]))
-        length = int(s.length[row])
-        if length:
-            full, index = self._held(row)
-            columns = index % self._width
-            self._full.share(tables.full[row, :full])
-            self._window.share(tables.window[row, columns])
-            tables.full[to, :full] = tables.full[row, :full]
-            tables.mark_range("full", to * self._blocks, to * self._blocks + full)
-            tables.window[to, columns] = tables.window[row, columns]
-            tables.mark("window", to * self._width + columns)
-            tables.lengths[to] = length
-            tables.mark("lengths", np.array([to]))
-            self._copies.copy("state", int(tables.state[row]), slot)
-            s.flags[row] |= SHARED
-            s.flags[to] |= SHARED
-        self._rebase(np.array([row, to]))
+        self._ledger.settle(row)
+        child, to = s.admit(s.text[row].namespace, s.tokens(row, 0, int(s.known[row])), "fork")
+        self._ledger.fork(row, to)
         return child
-
-    def _held(self, row: int) -> tuple[int, Ints]:
-        """(full pages held, indices of window pages held) of a row."""
-        length = int(self._seqs.length[row])
-        return (length + 255) >> 8, np.arange(int(self._seqs.first_window[row]), (length + 63) >> 6)
 
     @_exclusive
     def free(self, seq: int) -> None:
@@ -693,7 +462,7 @@ class KVPool:
             UnknownSequence: no such sequence, or freed already.
         """
         if _id(seq, "free") not in self._seqs.parked:
-            self._vacate(self._one(seq, "free"), park=False)
+            self._ledger.vacate(self._one(seq, "free"), park=False)
         self._seqs.retire(seq)
 
     @_exclusive
@@ -703,7 +472,7 @@ class KVPool:
         Raises:
             UnknownSequence, PoolMisuse: a bad id; preempted already.
         """
-        self._vacate(self._one(seq, "preempt"), park=True)
+        self._ledger.vacate(self._one(seq, "preempt"), park=True)
         self._preemptions += 1
 
     @_exclusive
@@ -717,43 +486,19 @@ class KVPool:
             PoolExhausted: no row or state slot is free.
             UnknownSequence, PoolMisuse: a bad id; not preempted.
         """
-        s = self._seqs
-        if _id(seq, "resume") not in s.parked:
-            s.row(seq, "resume")
-            raise PoolMisuse(f"resume: sequence {seq} is not preempted")
+        parked = self._parked(seq, "resume")
         self._check_room("resume")
-        parked = s.parked[seq]
         match = self._prefix.match(parked.tokens, parked.namespace)
-        row = s.readmit(seq)
-        self._begin(row, match, parked.tokens.size)
+        row = self._seqs.readmit(seq)
+        self._ledger.begin(row, match, parked.tokens.size)
         return match.length
 
-    def _vacate(self, row: int, *, park: bool) -> None:
-        s, tables = self._seqs, self._tables
-        self._settle(row)
-        full, index = self._held(row)
-        if s.flags[row] & STAGED:
-            self._step.withdraw(row, 0)
-            self._staged = [rows[rows != row] for rows in self._staged]
-        if full:
-            pages = tables.full[row, :full][::-1].copy()
-            tables.full[row, :full] = 0
-            tables.mark_range("full", row * self._blocks, row * self._blocks + full)
-            self._let_go("full", pages)
-        if index.size:
-            columns = index % self._width
-            pages = tables.window[row, columns][::-1]
-            tables.window[row, columns] = 0
-            tables.mark("window", row * self._width + columns)
-            self._let_go("window", pages)
-        self._let_go("state", tables.state[row : row + 1].copy())
-        tables.state[row] = tables.lengths[row] = 0
-        tables.mark("state", np.array([row]))
-        tables.mark("lengths", np.array([row]))
-        if park:
-            s.park(row)
-        else:
-            s.unseat(row)
+    def _parked(self, seq: int, what: str) -> Parked:
+        parked = self._seqs.parked.get(_id(seq, what))
+        if parked is None:
+            self._seqs.row(seq, what)
+            raise PoolMisuse(f"{what}: sequence {seq} is not preempted")
+        return parked
 
     # ------------------------------------------------------------------------------------------------------- steps
 
@@ -814,9 +559,7 @@ class KVPool:
         staged = self._tables.upload(stream)
         self._copies.done()
         self._step.begin()
-        for rows in self._staged:
-            self._seqs.flags[rows] &= ~np.uint8(STAGED)
-        self._staged.clear()
+        self._ledger.uploaded()
         return staged
 
     # ---------------------------------------------------------------------------------------------------- admission
@@ -864,6 +607,11 @@ class KVPool:
             pinned_window = int(np.count_nonzero(self._window.refs[match.window] == 0))
         self._refuse_too_long("can_admit", length)
         need = self.need(length, cached, chunk)
+        if need.window > self._window.total:
+            raise TooLong(
+                f"can_admit: {length} tokens in chunks of {chunk or self.max_in_flight} take {need.window} window "
+                f"pages; the pool has {self._window.total} in all: go in smaller chunks"
+            )
         if not self._seqs.free_rows or self._state.free < need.state:
             return False
         share = self.watermark if self._seqs.free_rows < self.max_sequences else 0.0
@@ -873,15 +621,26 @@ class KVPool:
         )
 
     def _refuse_too_long(self, what: str, length: int) -> None:
-        needed = admission.need(length, 0, self.max_in_flight, self.max_draft, self.checkpoint_every)
-        admission.refuse_too_long(what, length, self.max_length, self._full.total, self._window.total, needed)
+        if length > self._longest:
+            raise TooLong(
+                f"{what}: {length} tokens; the pool was made for max_length = {self.max_length} and has "
+                f"{self._full.total} pages and {self._window.total} window pages in all: {self._longest} tokens at most"
+            )
 
-    def _exhausted(self, what: str, pages: Pages, wanted: int) -> None:
-        raise PoolExhausted(
-            f"{what}: {wanted} pages of the life cycle {pages.life!r} wanted; {pages.free} are free, {pages.cached} "
-            f"cached, {pages.fenced} wait for steps in flight, {pages.used} of {pages.total} are used. Free or preempt "
-            "a sequence, or end a step"
-        )
+    def can_resume(self, seq: int, chunk: int | None = None) -> bool:
+        """`can_admit` for a preempted sequence and the tokens that are known of it.
+
+        Raises:
+            UnknownSequence, PoolMisuse: a bad id; not preempted.
+        """
+        parked = self._parked(seq, "can_resume")
+        return self.can_admit(parked.tokens, parked.namespace, chunk)
+
+    def digests(self, tokens: Any, namespace: bytes = b"") -> list[bytes]:
+        """The digests under which the complete pages of a prompt are known here: 16 bytes each. Two prompts share
+        pages as far as these are equal, so that a router can send them to the same pool."""
+        prompt = as_tokens(tokens, "digests")
+        return page_digests(prompt, namespace, prompt.size // PAGE)
 
     def next_checkpoint(self, seq: int) -> int:
         """The next boundary at which a chunk of the prompt should end, so that a checkpoint can be taken there."""
@@ -898,7 +657,7 @@ class KVPool:
         s.registered[s.id_of != 0] = NEVER
         rows = np.flatnonzero(s.id_of)
         count = self._prefix.reset()
-        self._rebase(rows)
+        self._ledger.rebase(rows, s.length.take(rows))
         return count
 
     # ------------------------------------------------------------------------------------------- what is there
@@ -993,10 +752,42 @@ class KVPool:
             preempted=len(self._seqs.parked),
             steps_in_flight=len(self._open),
             checkpoint_bytes=self._prefix.bytes_kept(size["checkpoint"], size["window"]),
-            copied_pages=self._copied_pages,
+            copied_pages=self._ledger.copied_pages,
             preemptions=self._preemptions,
             **vars(p),
         )
+
+    @_exclusive
+    def snapshot(self) -> bytes:
+        """The whole pool as plain bytes, versioned and checksummed: books, tokens, and the contents of every page that
+        is not free. Synchronises. The same history gives the same bytes.
+
+        Raises:
+            PoolMisuse: steps are in flight, or something waits for an upload.
+        """
+        self.device.synchronize()
+        return snapshot.dump(self)
+
+    @classmethod
+    def restore(cls, data: bytes, layout: KVLayout, *, device: Device | None = None) -> KVPool:
+        """A pool like the one that `snapshot` saw, under the same ids, on any device.
+
+        Raises:
+            SnapshotError: not a snapshot, damaged, of another version or another layout.
+        """
+        header, arrays = snapshot.parse(data, layout)
+        settings, counts = header["settings"], header["counts"]
+        pool = cls(
+            layout,
+            pages=counts["full"] - 1,
+            window_pages=counts["window"] - 1,
+            checkpoints=counts["checkpoint"] - 1,
+            state_slots=counts["state"] - 1,
+            device=device,
+            **settings,
+        )
+        snapshot.load(pool, header, arrays)
+        return pool
 
     @_exclusive
     def check(self) -> None:

@@ -51,6 +51,17 @@ def root_serial(namespace: bytes) -> int:
     return -int.from_bytes(hashlib.blake2b(namespace, digest_size=7).digest(), "little") - 1
 
 
+def page_digests(tokens: Ints, namespace: bytes, pages: int, known: list[bytes] | None = None) -> list[bytes]:
+    """The digests of the first pages of int32 tokens; `known` are the first ones of them, if some are."""
+    digests = known if known is not None else []
+    digest = digests[-1] if digests else root_digest(namespace)
+    raw = tokens.view(np.uint8).data
+    for at in range(4 * PAGE * len(digests), 4 * PAGE * pages, 4 * PAGE):
+        digest = page_digest(digest, raw[at : at + 4 * PAGE])
+        digests.append(digest)
+    return digests
+
+
 @dataclass
 class Match:
     """What the cache has of a prompt."""
@@ -67,13 +78,13 @@ class Match:
 class PrefixStats:
     """Counters since the pool was made."""
 
-    queried_tokens: int = 0  # tokens of the prompts looked up
-    hit_tokens: int = 0
-    lost_tokens: int = 0  # on pages that matched, but behind the last living checkpoint
+    tokens_queried: int = 0  # tokens of the prompts looked up
+    tokens_hit: int = 0
+    tokens_lost: int = 0  # on pages that matched, but behind the last living checkpoint
     checkpoints_taken: int = 0
     checkpoints_missed: int = 0  # the state had gone on, or no slot could be had
-    evicted_pages: int = 0
-    evicted_checkpoints: int = 0
+    evictions: int = 0
+    checkpoint_evictions: int = 0
     collisions: int = 0  # equal digests of different content
 
 
@@ -218,17 +229,17 @@ class PrefixCache:
     # Eviction: what Pages calls when it needs room.
 
     def evict_full(self, pages: Ints) -> None:
-        self.stats.evicted_pages += pages.size
-        self.stats.evicted_checkpoints += int(np.count_nonzero(self.checkpoint_of[pages]))
+        self.stats.evictions += pages.size
+        self.stats.checkpoint_evictions += int(np.count_nonzero(self.checkpoint_of[pages]))
         self.unregister(pages)
 
     def evict_window(self, pages: Ints) -> None:
         slots = np.unique(self.holder[pages])
-        self.stats.evicted_checkpoints += slots.size
+        self.stats.checkpoint_evictions += slots.size
         self.drop_checkpoints(slots)
 
     def evict_checkpoints(self, slots: Ints) -> None:
-        self.stats.evicted_checkpoints += slots.size
+        self.stats.checkpoint_evictions += slots.size
         self.drop_checkpoints(slots)
 
     def reset(self) -> int:

@@ -63,10 +63,11 @@ class Sequences:
         self.tail = np.zeros((B, PAGE), np.int32)
         self.text = [Text() for _ in range(B)]
         self._free_rows = list(range(B - 1, -1, -1))
-        self._handle_id = np.zeros(64, np.int64)  # handle -> id; -id if it has no row
+        self._handle_id = np.zeros(64, np.int64)  # handle -> id; 0 if that has no row
+        self._handle_id[0] = -1  # handle 0 is never used: no id, however wrong, equals its entry
         self._handle_row = np.zeros(64, np.int64)
+        self._last_id = [0]  # handle -> the id that had it last, or has it
         self._free_handles: list[int] = []
-        self._handles = 0  # ever used
         self.parked: dict[int, Parked] = {}
         self._scratch = np.zeros(B, np.int64)
 
@@ -92,13 +93,12 @@ class Sequences:
 
     def row(self, seq: int, what: str) -> int:
         handle = seq & _MASK
-        if seq > 0 and handle < self._handles:
-            entry = int(self._handle_id[handle])
-            if entry == seq:
+        if seq > 0 and handle < len(self._last_id):
+            if self._handle_id[handle] == seq:
                 return int(self._handle_row[handle])
             if seq in self.parked:
                 raise PoolMisuse(f"{what}: sequence {seq} is preempted; resume it first")
-            if entry >> HANDLE_BITS >= seq >> HANDLE_BITS or -entry >> HANDLE_BITS >= seq >> HANDLE_BITS:
+            if self._last_id[handle] >= seq > _MASK:
                 raise UnknownSequence(f"{what}: sequence {seq} has been freed already")
         raise UnknownSequence(f"{what}: no sequence has the id {seq}")
 
@@ -115,16 +115,17 @@ class Sequences:
         """A new sequence with a row: (id, row). The caller has checked free_rows."""
         if self._free_handles:
             handle = self._free_handles.pop()
-            seq = -int(self._handle_id[handle]) + (1 << HANDLE_BITS)
+            seq = self._last_id[handle] + (1 << HANDLE_BITS)
+            self._last_id[handle] = seq
         else:
-            handle = self._handles
+            handle = len(self._last_id)
             if handle > _MASK:
                 raise PoolExhausted(f"{what}: {handle} sequences are alive or preempted; free some")
             if handle == self._handle_id.size:
                 self._handle_id = np.concatenate([self._handle_id, np.zeros_like(self._handle_id)])
                 self._handle_row = np.concatenate([self._handle_row, np.zeros_like(self._handle_row)])
-            self._handles += 1
             seq = 1 << HANDLE_BITS | handle
+            self._last_id.append(seq)
         return seq, self._seat(seq, namespace, tokens)
 
     def readmit(self, seq: int) -> int:
@@ -160,7 +161,7 @@ class Sequences:
     def unseat(self, row: int) -> None:
         """Take the row away; the id then is unknown, unless it is parked."""
         handle = int(self.id_of[row]) & _MASK
-        self._handle_id[handle] = -self._handle_id[handle]
+        self._handle_id[handle] = 0
         self.id_of[row] = 0
         self.length[row] = self.high[row] = self.known[row] = self.flags[row] = 0
         self.text[row] = Text()

@@ -64,13 +64,17 @@ class StepSlots:
         self._width = tables.window.shape[1]
         self._arrays = [(m, tables.slots[m.name], f"slots.{m.name}", m.ratio.bit_length() - 1) for m in distinct]
         self.max_tokens = max_tokens
+        self._ramp = np.arange(FULL_TOKENS)
+        self._positions = np.arange(max_tokens, dtype=np.int32)
         self.count = 0  # tokens so far
+        self._pattern: dict[str, tuple[int, int, int]] = {}  # mapping -> where and how its last long run has its -1
         self._written = 0  # entries that may be other than -1, of this step or the one before
 
     def add_ones(self, rows: Ints, positions: Ints, window_base: Ints, full_base: Ints) -> None:
         """One token a sequence, on the page that its base describes."""
         start, stop = self.count, self.count + rows.size
         tables = self._tables
+        self._pattern.clear()
         w, f = window_base + positions, full_base + positions
         for m, array, name, shift in self._arrays:
             source = w if m.life == "window" else f
@@ -88,6 +92,7 @@ class StepSlots:
     def add(self, rows: Ints, first: Ints, counts: Ints) -> None:
         """counts[i] tokens from position first[i] on for each row, in this order."""
         start = self.count
+        self._pattern.clear()
         ends = start + np.cumsum(counts)
         long = counts >= LONG
         for i in np.flatnonzero(long).tolist():
@@ -97,6 +102,14 @@ class StepSlots:
         if short.size:
             self._add_short(rows[short], first[short], counts[short], ends[short] - counts[short])
         stop = int(ends[-1]) if ends.size else start
+        for _, _, name, _ in self._arrays:
+            self._tables.mark_range(name, start, stop)
+        self._close(start, stop)
+
+    def add_one(self, row: int, first: int, n: int) -> None:
+        """n tokens from position `first` on of one row."""
+        start, stop = self.count, self.count + n
+        self._add_long(start, row, first, n)
         for _, _, name, _ in self._arrays:
             self._tables.mark_range(name, start, stop)
         self._close(start, stop)
@@ -117,29 +130,44 @@ class StepSlots:
         tables.positions[place] = p
 
     def _add_long(self, at: int, row: int, first: int, n: int) -> None:
-        tables = self._tables
-        end = first + n
-        for m, array, _, _ in self._arrays:
+        tables, end = self._tables, first + n
+        page0 = first >> 8
+        full = tables.full[row, page0 : (end + 255) >> 8].astype(np.int64)
+        for m, array, name, shift in self._arrays:
             out = array[at : at + n]
-            r = m.ratio
-            tokens = FULL_TOKENS if m.life == "full" else WINDOW_TOKENS
-            page0, page1 = first // tokens, (end - 1) // tokens + 1
             if m.life == "full":
-                pages = tables.full[row, page0:page1]
+                if shift:
+                    self._blank(name, out, (at, n, first & (m.ratio - 1)))
+                    out = out[(-1 - first) & (m.ratio - 1) :: m.ratio]  # positions that complete an entry
+                self._fill(out, full, 8 - shift, (first >> shift) - (page0 << (8 - shift)))
             else:
-                pages = tables.window[row].take(np.arange(page0, page1) % self._width)
-            entries = tokens // r
-            slots = ((pages.astype(np.int64) * entries)[:, None] + np.arange(entries)).reshape(-1)
-            entry = first // r  # the first entry that these tokens may complete
-            complete = end // r - entry
-            slots = slots[entry - page0 * entries :][:complete]
-            if r == 1:
-                out[:] = slots
-            else:
-                out.fill(-1)
-                out[(entry + 1) * r - 1 - first :: r] = slots
+                columns = np.arange(first >> 6, (end + 63) >> 6)
+                columns %= self._width
+                self._fill(out, tables.window[row].take(columns), 6, first & 63)
         tables.token_rows[at : at + n] = row
-        tables.positions[at : at + n] = np.arange(first, end)
+        np.add(self._positions[:n], first, out=tables.positions[at : at + n])
+
+    def _blank(self, name: str, out: Ints, pattern: tuple[int, int, int]) -> None:
+        """-1 everywhere; skipped where the same pattern of -1 was the last that was written there."""
+        if self._pattern.get(name) != pattern:
+            out.fill(-1)
+            self._pattern[name] = pattern
+
+    def _fill(self, out: Ints, pages: Ints, bits: int, skip: int) -> None:
+        """out = slots pages[0] * 2^bits + skip, ... one after the other through all the pages."""
+        n, entries = out.size, 1 << bits
+        head = min(-skip & (entries - 1), n)
+        starts = pages << np.int64(bits)
+        if head:
+            np.add(self._ramp[skip : skip + head], starts[0], out=out[:head])
+            starts = starts[1:]
+        body = (n - head) >> bits
+        stop = head + (body << bits)
+        if body:
+            # A view, also of a strided `out`: an axis of constant stride can always be split.
+            np.add(starts[:body, None], self._ramp[:entries], out=out[head:stop].reshape(body, entries))
+        if stop < n:
+            np.add(self._ramp[: n - stop], starts[body], out=out[stop:])
 
     def _finish(self, start: int, stop: int, rows: Ints, positions: Ints) -> None:
         self._tables.token_rows[start:stop] = rows
@@ -155,6 +183,7 @@ class StepSlots:
     def withdraw(self, row: int, length: int) -> None:
         """The staged tokens of a row from position `length` on go nowhere: slots and positions -1."""
         tables, n = self._tables, self.count
+        self._pattern.clear()
         gone = np.flatnonzero((tables.token_rows[:n] == row) & (tables.positions[:n] >= length))
         for _, array, name, _ in self._arrays:
             array[gone] = -1
@@ -166,6 +195,7 @@ class StepSlots:
         """Blank what an earlier, longer step has left behind this one's tokens."""
         start, stop = self.count, self._written
         if start < stop:
+            self._pattern.clear()
             tables = self._tables
             for _, array, name, _ in self._arrays:
                 array[start:stop] = -1

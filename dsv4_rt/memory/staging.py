@@ -16,6 +16,7 @@ from dsv4_rt.checks import check_range
 from dsv4_rt.device import Device
 from dsv4_rt.errors import LaunchError
 
+CAPTURE_IMPLICIT = 906  # cudaErrorStreamCaptureImplicit: another stream's capture forbids the legacy default stream
 GRANULE = 4096  # bytes: buffers grow to the next power of two of at least this
 
 
@@ -65,14 +66,21 @@ def resolve_stream(what: str, device: Device, stream: Any) -> int:
     """The handle of the stream to work on: the given one, or the caller's current one.
 
     Raises:
-        LaunchError: the stream is being captured. A graph would repeat this step's copy with whatever the staging
+        LaunchError: the stream takes part in a capture. A graph would repeat this step's copy with whatever the staging
             buffer holds at its replay.
     """
     handle = device.current_stream() if stream is None else stream_handle(stream)
     if device.kind == "cuda":
         import cupy
 
-        if cupy.cuda.runtime.streamIsCapturing(handle):
+        runtime = cupy.cuda.runtime
+        try:
+            capturing = runtime.streamIsCapturing(handle)
+        except runtime.CUDARuntimeError as error:
+            if error.status != CAPTURE_IMPLICIT:
+                raise
+            capturing = True
+        if capturing:
             raise LaunchError(
                 f"{what}: the stream is being captured; call it before the capture and between replays, the arrays "
                 "it writes keep their addresses"

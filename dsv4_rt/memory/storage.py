@@ -25,7 +25,6 @@ from dsv4_rt.memory.staging import Staging, resolve_stream
 BASE_ALIGN: Final = 256  # bytes: of every array
 
 Pairs = NDArray[np.int32]
-_NONE: Final = np.empty((0, 2), np.int32)
 
 
 class Storage:
@@ -38,7 +37,8 @@ class Storage:
         staging: how many calls of `copy` may be in flight before one waits.
 
     Raises:
-        ArgumentError: a life cycle without a count, or a count that int32 slots cannot address.
+        ArgumentError: a life cycle without a count, a count that int32 slots cannot address, state rows that are no
+            multiple of 16 B, or checkpointed rings of different lengths.
     """
 
     def __init__(self, layout: KVLayout, device: Device | None, counts: Mapping[str, int], staging: int = 2) -> None:
@@ -53,11 +53,11 @@ class Storage:
             slots = self.counts[cache.life] * cache.entries
             if slots >= 2**31:
                 raise ArgumentError(f"Storage: {slots} entries of {cache.name!r}; kernels address them by int32")
-        self._arrays = {cache.name: self._allocate(cache) for cache in layout.caches}
         self._layer = {cache.name: {layer: i for i, layer in enumerate(cache.layers)} for cache in layout.caches}
         self._rings = {layout.cache(cache.rows_of).entries for cache in layout.of("checkpoint")}
         if len(self._rings) > 1:
             raise ArgumentError(f"Storage: checkpoints of rings of {sorted(self._rings)} rows; one length is wanted")
+        self._arrays = {cache.name: self._allocate(cache) for cache in layout.caches}
         self._copy_pages = CopyPages(self.device, self._kinds(), Staging(self.device, staging))
 
     def _allocate(self, cache: Cache) -> Any:
@@ -140,7 +140,7 @@ class Storage:
             restore      = (checkpoint, state, L)  the other way
 
         All happen at once: no page may be written twice, or both read and written, by one call. Page 0 may be read,
-        which zeroes what it is copied to; it is never written.
+        which zeroes what it is copied to; it is never written. Kernels on other streams are the caller's to order.
 
         Args:
             copies: int32 [n, 2] by life cycle.
@@ -158,39 +158,39 @@ class Storage:
             Nothing has been copied then.
         """
         handle = resolve_stream("Storage.copy", self.device, stream)
-        pairs: dict[str, Pairs] = dict.fromkeys(LIVES, _NONE)
+        records: dict[str, NDArray[np.int32]] = {}
+        reads: dict[str, list[NDArray[np.int32]]] = {}
+        writes: dict[str, list[NDArray[np.int32]]] = {}
         for life, given in (copies or {}).items():
-            if life not in pairs:
+            if life not in LIVES:
                 raise ArgumentError(f"Storage.copy: life = {life!r} is none of {', '.join(LIVES)}")
-            pairs[life] = _rows(f"copies[{life!r}]", given, 2)
-        saved, restored = _rows("save", save, 3), _rows("restore", restore, 3)
-        if len(saved) or len(restored):
-            self._check_positions(saved, restored)
-        reads = {life: [p[:, 0]] for life, p in pairs.items()}
-        writes = {life: [p[:, 1]] for life, p in pairs.items()}
-        for moved, source, target in ((saved, "state", "checkpoint"), (restored, "checkpoint", "state")):
-            reads[source].append(moved[:, 0])
-            writes[target].append(moved[:, 1])
-        for life in LIVES:
-            _check_conflicts(life, np.concatenate(reads[life]), np.concatenate(writes[life]), self.counts[life])
-
-        records = {life: _records(p[:, 0], p[:, 1]) for life, p in pairs.items() if len(p)}
-        if len(saved):
-            records["save"] = self._row_records(saved, ring_is_source=True)
-        if len(restored):
-            records["restore"] = self._row_records(restored, ring_is_source=False)
+            pairs = _rows(f"copies[{life!r}]", given, 2)
+            if len(pairs):
+                records[life] = _records(pairs[:, 0], pairs[:, 1])
+                reads[life], writes[life] = [pairs[:, 0]], [pairs[:, 1]]
+        for name, moved, source, target in (
+            ("save", save, "state", "checkpoint"),
+            ("restore", restore, "checkpoint", "state"),
+        ):
+            if moved is not None and len(_rows(name, moved, 3)):
+                self._check_positions(name, moved[:, 2])
+                records[name] = self._row_records(moved, ring_is_source=source == "state")
+                reads.setdefault(source, []).append(moved[:, 0])
+                writes.setdefault(target, []).append(moved[:, 1])
+        for life in reads.keys() | writes.keys():
+            read, written = reads.get(life, []), writes.get(life, [])
+            _check_pages(life, read + written, self.counts[life])
+            _check_conflicts(life, read, written)
         return self._copy_pages(records, handle)
 
-    def _check_positions(self, saved: NDArray[np.int32], restored: NDArray[np.int32]) -> None:
+    def _check_positions(self, name: str, L: NDArray[np.int32]) -> None:
         if not self._rings:
             raise ArgumentError(f"Storage.copy: layout {self.layout.name!r} has no checkpoint caches")
-        for name, given in (("save", saved), ("restore", restored)):
-            L = given[:, 2]
-            if ((L < CHECKPOINT_ROWS) | (L % CHECKPOINT_ROWS != 0)).any():
-                raise ArgumentError(
-                    f"Storage.copy: {name} has positions {L.tolist()}; multiples of {CHECKPOINT_ROWS} are wanted, at "
-                    f"least {CHECKPOINT_ROWS}"
-                )
+        if ((L < CHECKPOINT_ROWS) | (L % CHECKPOINT_ROWS != 0)).any():
+            raise ArgumentError(
+                f"Storage.copy: {name} has positions {L.tolist()}; multiples of {CHECKPOINT_ROWS} are wanted, at least "
+                f"{CHECKPOINT_ROWS}"
+            )
 
     def _row_records(self, moved: NDArray[np.int32], *, ring_is_source: bool) -> NDArray[np.int32]:
         """(from, to, L) -> a record for each of the rows L - 4 .. L - 1."""
@@ -212,31 +212,31 @@ def _records(
 
 
 def _rows(name: str, given: Any, width: int) -> NDArray[np.int32]:
-    if given is None:
-        return np.empty((0, width), np.int32)
     if not isinstance(given, np.ndarray) or given.dtype != I32 or given.ndim != 2 or given.shape[1] != width:
         what = f"{given.dtype} {given.shape}" if isinstance(given, np.ndarray) else type(given).__name__
         raise ArgumentError(f"Storage.copy: {name} is {what}; a NumPy int32 [n, {width}] is wanted")
     return given
 
 
-def _check_conflicts(life: str, reads: NDArray[np.int32], writes: NDArray[np.int32], pages: int) -> None:
-    """Refuse pages that do not exist, writes to the null page, and pages whose content would depend on an order."""
-    if not len(writes):
-        return
-    if min(reads.min(initial=0), writes.min()) < 0 or max(reads.max(initial=0), writes.max()) >= pages:
-        raise ArgumentError(f"Storage.copy: {life} pages must be from 0 to {pages - 1}")
-    if not writes.all():
+def _check_pages(life: str, used: list[NDArray[np.int32]], pages: int) -> None:
+    for given in used:
+        if given.min() < 0 or given.max() >= pages:
+            raise ArgumentError(f"Storage.copy: {life} pages must be from 0 to {pages - 1}")
+
+
+def _check_conflicts(life: str, reads: list[NDArray[np.int32]], writes: list[NDArray[np.int32]]) -> None:
+    """Refuse writes to the null page, and pages whose content would depend on the order of the copies."""
+    written = [page for each in writes for page in each.tolist()]
+    once = set(written)
+    if 0 in once:
         raise ArgumentError(f"Storage.copy: {life} page 0 is the null page, it is never written")
-    if len(writes) == 1:
-        clash = reads[reads == writes]
-    else:
-        ordered = np.sort(writes)
-        clash = np.concatenate([ordered[1:][ordered[1:] == ordered[:-1]], reads[np.isin(reads, ordered)]])
-    if clash.size:
+    clash = once.intersection(page for each in reads for page in each.tolist())
+    if len(once) < len(written):
+        clash |= {page for page in once if written.count(page) > 1}
+    if clash:
         raise ArgumentError(
-            f"Storage.copy: {life} page {int(clash[0])} is written twice, or read and written, in one call; all copies "
-            "of a call happen at once: make two calls"
+            f"Storage.copy: {life} page {min(clash)} is written twice, or read and written, in one call; all copies of "
+            "a call happen at once: make two calls"
         )
 
 

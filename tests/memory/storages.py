@@ -37,7 +37,7 @@ def assert_same(storage, want):
         assert not wrong.size, f"{name}: {len(wrong)} bytes differ, first at [layer, page, byte] {wrong[0].tolist()}"
 
 
-def keep_busy(device, stream, milliseconds=20):
+def keep_busy(device, stream, milliseconds=100):
     """Occupy a stream: what is enqueued behind this has to wait."""
     busy = load(str(Path(__file__).with_name("busy.cu")), "busy", device)
     busy.prepare(1, 1, np.int64(milliseconds * 1_000_000))(stream.ptr)

@@ -60,7 +60,7 @@ def test_matches_oracle(device, rng, launches, record, index):
     copies["full"] = rows((1, 2), (1, 4), (0, 3))  # one source twice; the null page zeroes
     moved = check(storage, before, copies)
     assert moved == sum(len(pairs) * storage.layout.bytes_of(life) for life, pairs in copies.items())
-    assert launches == ["copy_pages<8>"]  # all caches, layers and life cycles
+    assert launches == ["copy_pages<4>"]  # all caches, layers and life cycles
 
 
 @pytest.mark.parametrize("max_draft", [0, 1, 3])  # rings of 8, 9 and 11 rows: the four may wrap, by any share
@@ -68,7 +68,7 @@ def test_matches_oracle(device, rng, launches, record, index):
 def test_checkpoints_keep_the_rows_before_a_boundary(device, rng, launches, max_draft, L):
     storage, before = filled(device, rng, max_draft=max_draft)
     moved = check(storage, before, save=rows((1, 2, L), (3, 1, L + 4)))
-    assert launches == ["copy_pages<8>"]
+    assert launches == ["copy_pages<4>"]
     assert moved == 2 * storage.layout.bytes_of("checkpoint")
     ring = 8 + max_draft
     state = before["csa_state"].reshape(2, COUNTS["state"], -1)[..., : ring * 8192].reshape(2, -1, ring, 8192)
@@ -83,7 +83,7 @@ def test_everything_in_one_launch(device, rng, launches):
     storage, before = filled(device, rng, max_draft=3)
     copies = {"full": rows((1, 2), (6, 5)), "window": rows((1, 5)), "state": rows((1, 2)), "checkpoint": rows((1, 3))}
     check(storage, before, copies, save=rows((1, 2, 260)), restore=rows((5, 3, 512), (4, 4, 4)))
-    assert launches == ["copy_pages<8>"]
+    assert launches == ["copy_pages<4>"]
 
 
 def test_one_source_many_targets_and_a_null_source(device, rng):
@@ -110,7 +110,7 @@ def test_repeated_calls_reuse_their_buffers(device, rng):
     assert_same(storage, now)
 
 
-@pytest.mark.parametrize("words", [1, 31, 32, 255, 256, 257, 300, 511, 513])
+@pytest.mark.parametrize("words", [1, 31, 32, 127, 128, 129, 150, 255, 257])
 def test_any_page_size(device, rng, words):
     """Pages of any number of 16 B words: one tile, its last lane, a tail tile; guard pages on both sides stay."""
     before = rng.integers(0, 256, (3, 5, 16 * words), dtype=np.uint8)
@@ -236,14 +236,17 @@ def test_a_buffer_is_not_overwritten_while_it_may_be_read(gpu, rng):
     """Copies queue behind a kernel that spins: with two staging buffers the third must wait for the first."""
     import cupy
 
-    storage, now = filled(gpu, rng, layers=1)
+    storage, _ = filled(gpu, rng, layers=1)
+    steps = [random_copies(rng, COUNTS) for _ in range(9)]
+    storage.copy({"full": rows((1, 2))})  # compiles, and gives a buffer its twin on the device
+    now = contents(storage)
     with cupy.cuda.Stream(non_blocking=True) as stream:
         keep_busy(gpu, stream)
-        for _ in range(9):
-            copies = random_copies(rng, COUNTS)
+        for copies in steps:
             storage.copy(copies, stream=stream)
-            now = reference.copy(storage.layout, now, copies)
         stream.synchronize()
+    for copies in steps:
+        now = reference.copy(storage.layout, now, copies)
     assert_same(storage, now)
 
 

@@ -178,7 +178,7 @@ def test_refuses_what_is_no_layout():
         KVLayout.for_model(FLASH, max_draft=-1)
     with pytest.raises(ArgumentError, match=r"compress ratios \[2\]; 0, 4 and 128 are known"):
         KVLayout.for_model(dataclasses.replace(FLASH, compress_ratios=(0, 2)))
-    with pytest.raises(ArgumentError, match="record 'v4' is 512 wide, flash 256"):
+    with pytest.raises(ArgumentError, match="index keys 128; flash has 256, 64 and 128"):
         KVLayout.for_model(dataclasses.replace(FLASH, head_dim=256))
     layout = KVLayout.for_model(FLASH)
     with pytest.raises(ArgumentError, match="no cache 'swa'; there are csa, index, hca, window"):

@@ -232,6 +232,30 @@ def test_says_what_is_wrong_and_marks_nothing(emulator):
 
 
 @pytest.mark.gpu
+def test_is_refused_where_a_capture_forbids_it(gpu):
+    """Another stream's capture forbids work on the legacy default stream: said, and the capture goes on."""
+    import cupy
+
+    tables = make(gpu)
+    tables.full[:] = 3
+    tables.mark_range("full", 0, B * BLOCKS)
+    blocking, out = cupy.cuda.Stream(), cupy.zeros(8, np.int32)
+    with blocking:
+        cupy.add(out, 1, out=out)
+        blocking.synchronize()
+        blocking.begin_capture()
+        cupy.add(out, 1, out=out)
+        with pytest.raises(LaunchError, match=r"Tables\.upload: the stream is being captured"):
+            tables.upload(stream=0)
+        graph = blocking.end_capture()
+        graph.launch(blocking)
+        blocking.synchronize()
+    assert (gpu.numpy(out) == 2).all()
+    assert tables.upload() > 0
+    assert_current(gpu, tables)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("steps_in_flight", [1, 2, 3])
 def test_a_buffer_is_not_overwritten_while_its_upload_may_still_read_it(gpu, rng, steps_in_flight):
     """Uploads queue behind a kernel that spins, each followed by a copy of the tables: every copy shows its step."""
@@ -241,6 +265,10 @@ def test_a_buffer_is_not_overwritten_while_its_upload_may_still_read_it(gpu, rng
     seen, want = [], []
     with cupy.cuda.Stream(non_blocking=True) as stream:
         copies = [cupy.empty((B, BLOCKS), np.int32) for _ in range(8)]
+        for copy in copies:  # compiles what the loop below must not wait for
+            tables.mark_range("full", 0, B * BLOCKS)
+            tables.upload()
+            copy[...] = tables.device("full")
         stream.synchronize()
         keep_busy(gpu, stream)
         for step, copy in enumerate(copies):
