@@ -34,7 +34,7 @@ from dsv4_rt.memory.check import check
 from dsv4_rt.memory.copies import Copies
 from dsv4_rt.memory.layout import LIVES, KVLayout
 from dsv4_rt.memory.ledger import Ledger
-from dsv4_rt.memory.pages import Ints, Pages
+from dsv4_rt.memory.pages import CACHED, Ints, Pages
 from dsv4_rt.memory.prefix import PAGE, PrefixCache, page_digests
 from dsv4_rt.memory.sequences import NEVER, STAGED, Parked, Sequences, as_tokens
 from dsv4_rt.memory.slots import StepSlots, mappings
@@ -275,7 +275,7 @@ class KVPool:
             UnknownSequence, PoolMisuse: a bad id, count or dtype, an id twice, more than max_tokens in the step.
         """
         s = self._seqs
-        if type(seqs) is list and len(seqs) == 1:
+        if type(seqs) is list and len(seqs) == 1 and type(seqs[0]) is int:
             seqs = seqs[0]
             counts = counts[0] if type(counts) is list and len(counts) == 1 else counts
         if type(seqs) is int:
@@ -603,8 +603,8 @@ class KVPool:
             length = tokens.size
             match = self._prefix.match(tokens, namespace)
             cached = match.length
-            pinned_full = int(np.count_nonzero(self._full.refs[match.pages] == 0))
-            pinned_window = int(np.count_nonzero(self._window.refs[match.window] == 0))
+            pinned_full = int(np.count_nonzero(self._full.where[match.pages] == CACHED))
+            pinned_window = int(np.count_nonzero(self._window.where[match.window] == CACHED))
         self._refuse_too_long("can_admit", length)
         need = self.need(length, cached, chunk)
         if need.window > self._window.total:
@@ -664,7 +664,7 @@ class KVPool:
 
     def length(self, seq: int) -> int:
         """Tokens of a sequence that have positions; 0 while it is preempted."""
-        if seq in self._seqs.parked:
+        if _id(seq, "length") in self._seqs.parked:
             return 0
         return int(self._seqs.length[self._one(seq, "length")])
 
