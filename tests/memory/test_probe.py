@@ -7,7 +7,8 @@ each other, rings that wrap, pages handed out while still to be copied, tables o
 import numpy as np
 import pytest
 
-from dsv4_rt.memory import PoolExhausted
+from dsv4_rt.errors import LaunchError
+from dsv4_rt.memory import PoolExhausted, PoolMisuse
 
 
 def prompt(rng, n):
@@ -197,10 +198,8 @@ def test_a_step_in_flight_keeps_its_window(probed, rng):
 ACTIONS = ["create", *["extend"] * 4, "decode", "append", "truncate", "fork", "free", "preempt", "resume"]
 
 
-@pytest.mark.parametrize("steps", [100, pytest.param(1500, marks=pytest.mark.slow)])
-def test_any_history(probed, rng, steps):
+def history(pool, probe, rng, steps):
     """Fork, truncate, preempt, resume, free, prefix hits and eviction in random order on a small pool."""
-    pool, probe = probed(pages=14, window_pages=44, checkpoints=5, max_sequences=5, max_draft=5, checkpoint_every=512)
     roots = [prompt(rng, 2000) for _ in range(3)]
     live, preempted, told = [], [], {}
     for _ in range(steps):
@@ -261,6 +260,82 @@ def test_any_history(probed, rng, steps):
     pool.check()
     assert probe.checked > 20 * steps
     print(probe.checked, "entries read back;", pool.stats())
+
+
+SCARCE = {"pages": 14, "window_pages": 44, "checkpoints": 5, "max_sequences": 5, "max_draft": 5}
+
+
+@pytest.mark.parametrize("steps", [100, pytest.param(1500, marks=pytest.mark.slow)])
+def test_any_history(probed, rng, steps):
+    history(*probed(**SCARCE), rng, steps)
+
+
+@pytest.mark.parametrize("digests", [1, 3])
+def test_any_history_under_a_hash_that_collides(probed, rng, monkeypatch, digests):
+    """All pages have one of so few digests: hits are rare, what is read is right all the same."""
+
+    def collide(parent, tokens):
+        return bytes([sum(bytes(tokens)) % digests]) * 16
+
+    monkeypatch.setattr("dsv4_rt.memory.prefix.page_digest", collide)
+    pool, probe = probed(**SCARCE)
+    history(pool, probe, rng, 100)
+    assert max(map(len, pool._prefix.table), default=16) == 16
+    assert len(pool._prefix.table) <= digests
+
+
+def test_any_history_with_uploads_that_fail(probed, rng, monkeypatch):
+    """Copies or table changes fail, before they were launched or after; the next upload makes it good."""
+    pool, probe = probed(**SCARCE)
+    works, failed = pool.upload, []
+
+    def upload():
+        if rng.random() < 0.6:
+            where, name = [(pool.storage, "copy"), (pool._tables, "upload")][rng.integers(2)]
+            call, launched = getattr(where, name), rng.random() < 0.5
+
+            def fail(*args, **kwargs):
+                if launched:
+                    call(*args, **kwargs)
+                raise LaunchError("injected")
+
+            with monkeypatch.context() as patch:
+                patch.setattr(where, name, fail)
+                try:
+                    return works()
+                except LaunchError:
+                    failed.append(name)
+            pool.check()
+        return works()
+
+    monkeypatch.setattr(pool, "upload", upload)
+    history(pool, probe, rng, 150)
+    assert set(failed) == {"copy", "upload"}
+
+
+@pytest.mark.parametrize("how", ["create", "resume", "fork"])
+def test_truncation_into_a_prefix_hit_is_refused(probed, rng, how):
+    """Behind a hit the rings hold nothing but its last 4 rows: going back there would read what nobody restored."""
+    pool, probe = probed(max_draft=5, checkpoint_every=256)
+    tokens = prompt(rng, 300)
+    first = start(pool, probe, tokens)
+    prefill(pool, probe, first, 300)
+    if how == "resume":
+        pool.preempt(first)
+        assert pool.resume(first) == 256
+        seq = first
+    else:
+        seq = start(pool, probe, tokens)
+        assert pool.length(seq) == 256
+    probe.step([seq], [2])
+    if how == "fork":
+        parent, seq = seq, pool.fork(seq)
+        probe.set_content(seq, probe.content[parent])
+    with pytest.raises(PoolMisuse, match="truncate"):
+        pool.truncate(seq, 255)
+    pool.truncate(seq, 256)
+    probe.step([seq], [7])
+    pool.check()
 
 
 def advance(pool, probe, rng, seqs, counts):

@@ -14,6 +14,7 @@ from probe import Probe
 from small import small_pool
 
 import dsv4_rt
+from dsv4_rt.errors import LaunchError
 from dsv4_rt.memory import PoolError
 
 SIZES = {
@@ -40,8 +41,8 @@ def text(root, n, turn=10**9):
 
 
 OPERATIONS = {  # how often each is drawn
-    "serve": 6, "create": 4, "extend": 8, "decode": 5, "append": 5, "truncate": 4, "draft": 5, "fork": 3, "free": 5, "preempt": 2,
-    "resume": 3, "upload": 4, "step": 3, "need": 1, "reset": 1,
+    "serve": 6, "create": 4, "extend": 8, "decode": 5, "append": 5, "truncate": 4, "draft": 5, "fork": 3, "free": 5,
+    "preempt": 2, "resume": 3, "upload": 4, "failing": 2, "step": 3, "need": 1, "reset": 1,
 }  # fmt: skip
 DRAWN = [kind for kind, times in OPERATIONS.items() for _ in range(times)]
 
@@ -173,12 +174,37 @@ class PoolMachine(RuleBasedStateMachine):
 
     def upload(self, *_):
         self.both("upload", self.model.upload, lambda: self.pool.upload() and None)
+        self.kernels()
+
+    def kernels(self):
+        """What follows an upload: everything that the step may look at is read, then the step's values are written."""
         for name, start in self.starts.items():
             if name in self.model.live:
                 self.probe.read_back(self.ids[name], min(start, self.model.live[name].length))
         self.probe.write()
         self.probe.check_tables()
         self.starts = {}
+
+    def failing(self, i, j, k):
+        """Copies or table changes fail, before or after their launch: to the books it never happened."""
+        where, name = [(self.pool.storage, "copy"), (self.pool._tables, "upload")][i % 2]
+        call = getattr(where, name)
+
+        def fail(*args, **kwargs):
+            if j % 2:
+                call(*args, **kwargs)
+            raise LaunchError("injected")
+
+        setattr(where, name, fail)
+        try:
+            self.pool.upload()
+        except LaunchError:
+            self.same()
+        else:  # there was nothing to copy
+            self.model.upload()
+            self.kernels()
+        finally:
+            delattr(where, name)
 
     def append(self, i, j, k):
         self.append_some(self.name(i), APPENDED[j % len(APPENDED)])
