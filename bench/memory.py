@@ -4,7 +4,8 @@
     python bench/memory.py --trace FILE [--limit N] [--pools PAGES ...] [--out FILE] [--plot FILE]
 
 The pool runs on a device whose kernels do nothing, so that a time is the host's alone; the rival (memory_rival.py)
-keeps the same books in the same run. One core, medians; a time that passes its must is marked.
+keeps the same books in the same run. Times are CPU time of the one thread that works (on a core of its own that is host
+time; on a busy machine other programs are left out), medians; a time that passes its must is marked.
 """
 
 import datetime
@@ -57,7 +58,7 @@ def thin_layout():
 
 def make_pool(device, **sizes):
     given = {"window_pages": 4096, "checkpoints": 64, "max_sequences": 256, "max_length": MILLION} | sizes
-    return KVPool(thin_layout(), max_in_flight=CHUNK, max_tokens=CHUNK, device=device, **given)
+    return KVPool(thin_layout(), max_in_flight=CHUNK, device=device, **given)
 
 
 def make_rival(**sizes):
@@ -69,18 +70,22 @@ def microseconds(call, repeats):
     """(median, p10, p90) us of `call`, each timed by itself."""
     times = np.empty(repeats)
     for i in range(repeats):
-        start = time.perf_counter()
+        start = time.thread_time()
         call()
-        times[i] = time.perf_counter() - start
+        times[i] = time.thread_time() - start
     return [float(x) * 1e6 for x in np.percentile(times, (50, 10, 90))]
 
 
 def fill(pool, rng, batch, low, high):
     """`batch` sequences of random lengths in the pool (or the rival), as a batch of a running server has them."""
+    upload = pool.upload if isinstance(pool, KVPool) else pool.take_deltas
     seqs = [pool.create() for _ in range(batch)]
     for seq, length in zip(seqs, rng.integers(low, high, batch).tolist(), strict=True):
-        for at in range(0, length, CHUNK):
-            pool.extend([seq], [min(CHUNK, length - at)])
+        for at in range(0, length - 1, CHUNK):
+            pool.extend([seq], [min(CHUNK, length - 1 - at)])
+            upload()
+        pool.extend([seq], [1])  # the window pages that only the chunk needed leave
+        upload()
     return seqs
 
 
@@ -101,20 +106,21 @@ def decode_steps(device, rng):
         pool, rival = make_pool(device, pages=pages), make_rival(pages=pages)
         ours = fill(pool, rng, batch, 1000, 2000)
         theirs = fill(rival, lengths, batch, 1000, 2000)
+        ids = np.array(ours)
         ones = [1] * batch
         staged = []
         rival_times = []
         times, upload_times = [], []
         pool.upload()
         for _ in range(STEPS):
-            start = time.perf_counter()
-            pool.extend(ours, ones)
-            middle = time.perf_counter()
+            start = time.thread_time()
+            pool.extend(ids)
+            middle = time.thread_time()
             staged.append(pool.upload())
-            end = time.perf_counter()
+            end = time.thread_time()
             rival.extend(theirs, ones)
             rival.take_deltas()
-            rival_times.append(time.perf_counter() - end)
+            rival_times.append(time.thread_time() - end)
             times.append(middle - start)
             upload_times.append(end - middle)
         spread = [[float(x) * 1e6 for x in np.percentile(t, (50, 10, 90))] for t in (times, upload_times, rival_times)]
@@ -130,18 +136,18 @@ def long_sequence(device):
     pool, rival = make_pool(device, pages=4200), make_rival(pages=4200)
     for _ in range(7):
         for manager, grow, release in ((pool, grown, freed), (rival, rival_grown, rival_freed)):
-            start = time.perf_counter()
-            seq = manager.create()
+            upload = manager.upload if manager is pool else manager.take_deltas
+            seq, spent = manager.create(), 0.0
             for _ in range(MILLION // CHUNK):
+                start = time.thread_time()
                 manager.extend([seq], [CHUNK])
-                if manager is rival:
-                    rival.take_deltas()
-            middle = time.perf_counter()
+                spent += time.thread_time() - start
+                upload()
+            start = time.thread_time()
             manager.free(seq)
-            release.append(time.perf_counter() - middle)
-            grow.append(middle - start)
-        pool.upload()
-        rival.take_deltas()
+            release.append(time.thread_time() - start)
+            grow.append(spent)
+            upload()
     spread = [
         [float(x) * 1e6 for x in np.percentile(t, (50, 10, 90))] for t in (grown, rival_grown, freed, rival_freed)
     ]
@@ -161,7 +167,7 @@ def prefix_hash(device, rng):
     ours = microseconds(lambda: pool.digests(tokens), 9)
     seq = pool.create(tokens)
     while pool.length(seq) < MILLION:
-        pool.extend([seq], [min(CHUNK, MILLION - pool.length(seq), pool.next_checkpoint(seq) - pool.length(seq))])
+        pool.extend([seq], [pool.next_checkpoint(seq) - pool.length(seq)])
         pool.upload()
     pool.free(seq)
 
@@ -182,12 +188,11 @@ def by_length(device, rng):
     for length in (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, MILLION - 1024):
         pages = 16 * (length // 256 + 8)
         pool = make_pool(device, pages=pages, max_sequences=16)
-        seqs = fill(pool, rng, 16, length, length + 1)
-        pool.upload()
+        seqs = np.array(fill(pool, rng, 16, length, length + 1))
         staged = []
 
         def step(pool=pool, seqs=seqs, staged=staged):
-            pool.extend(seqs, [1] * 16)
+            pool.extend(seqs)
             staged.append(pool.upload())
 
         rows.append(
@@ -230,8 +235,8 @@ def readme_table(f, rows):
         lines.append(f"| {r['case']} | {r['us']:,.1f} | {ratio} | {must} | {r.get('bytes', '')} |")
     lines += [
         "",
-        f"{f['cpu']}, one core used, Python {f['python']}, NumPy {f['numpy']}, commit {f['commit']}, {f['date']}. Host "
-        "time, medians, without the launch; reservation of all groups, tables and slot mappings. Page objects: "
+        f"{f['cpu']}, one core used, Python {f['python']}, NumPy {f['numpy']}, commit {f['commit']}, {f['date']}. CPU "
+        "time of the host, medians, without the launch; reservation of all groups, tables and slot mappings. Page objects: "
         "`bench/memory_rival.py`, the same books kept by an object a page, in the same run. Written by "
         "`python bench/memory.py --readme`.",
     ]
