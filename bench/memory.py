@@ -296,7 +296,7 @@ def replay(device, requests, pages, progress, **engine):
         "of_bound": round(result.hit_tokens / bound, 4) if bound else None,
         "lost_to_checkpoints": stats.tokens_lost,
         "preemptions": result.preemptions,
-        "evicted_pages": stats.evicted_pages,
+        "evicted_pages": stats.evictions,
         "mean_used": round(float(np.average(share[:, 0], weights=weights)), 4),
         "mean_cached": round(float(np.average(share[:, 1], weights=weights)), 4),
         "peak_used": round(float(share[:, 0].max()), 4),

@@ -17,7 +17,7 @@ from functools import cached_property
 
 import numpy as np
 
-from dsv4_rt.memory import PoolExhausted
+from dsv4_rt.memory import PoolExhausted, TooLong
 
 BLOCK = 512  # tokens a hash id stands for
 VOCABULARY = 129_280
@@ -133,7 +133,7 @@ class Job:
 
 @dataclass
 class Replay:
-    """What one replay measured. Times are the pool's own, host side, microseconds; `clock` ms is the model engine's."""
+    """What one replay measured. Times are of the pool alone, CPU microseconds; `clock` ms is the model engine's."""
 
     steps: list = field(default_factory=list)  # (clock, running, waiting, tokens, us, used, cached, free) a step
     decode_us: list = field(default_factory=list)  # pool time of the steps that only decoded, and
@@ -162,6 +162,8 @@ class Engine:
         self.epochs = deque()
         self.clock = 0.0
         self.running, self.waiting = [], deque()
+        self.room = True  # the head of the queue has not been refused since something was given back
+        self.longest = min(pool.max_length, 256 * pool.stats().full.total)
         self.result = Replay()
 
     def run(self, tick=lambda finished: None, check_every=0):
@@ -178,8 +180,7 @@ class Engine:
             if check_every and len(result.steps) % check_every == 0:
                 self.pool.check()
             tick(result.finished + result.refused)
-        while self.epochs:
-            self.pool.end_step(self.epochs.popleft())
+        self.drain()
         self.pool.check()
         result.seconds = time.perf_counter() - started
         return result
@@ -187,69 +188,87 @@ class Engine:
     def step(self):
         """One step: admit, choose tokens, reserve (preempting until that works), upload, sample, free what is done."""
         self.us = 0.0
+        while len(self.epochs) >= self.steps_in_flight:
+            self.timed(self.pool.end_step, self.epochs.popleft())
         decoding = [job for job in self.running if job.known - job.computed == 1]
+        only_decoding = len(decoding) == len(self.running)
         jobs, counts = decoding, [1] * len(decoding)
         budget = self.chunk - len(jobs)
-        if len(decoding) < len(self.running):
+        if not only_decoding:
             for job in self.running:
                 if job.known - job.computed > 1 and budget > 0:
                     jobs.append(job)
                     counts.append(self.take(job, budget))
                     budget -= counts[-1]
-        while self.waiting and len(self.running) < self.batch and budget > 0:
+        while self.waiting and self.room and len(self.running) < self.batch and budget > 0:
             job = self.admit()
-            if job is None:
-                break
-            jobs.append(job)
-            counts.append(self.take(job, budget))
-            budget -= counts[-1]
-        if not jobs:
+            if job is not None:
+                only_decoding = False
+                jobs.append(job)
+                counts.append(self.take(job, budget))
+                budget -= counts[-1]
+        if not jobs:  # nothing runs and nothing fits: what waits for steps and uploads comes back
+            self.drain()
+            self.room = True
             return
-        epoch = self.timed(self.pool.begin_step)
+        self.reserve(jobs, counts, only_decoding)
+        self.timed(self.pool.upload)
+        self.epochs.append(self.timed(self.pool.begin_step))  # here the kernels would be launched
+        self.advance(jobs, counts)
+
+    def reserve(self, jobs, counts, only_decoding):
+        """Extend the batch; without room wait for the steps in flight, then preempt the youngest, until it fits."""
         while True:
+            seqs = np.array([job.seq for job in jobs])
             try:
-                self.timed(self.pool.extend, [job.seq for job in jobs], counts)
-                break
+                self.timed(self.pool.extend, seqs, None if only_decoding else counts)
+                return
             except PoolExhausted:
+                if self.epochs:
+                    while self.epochs:
+                        self.timed(self.pool.end_step, self.epochs.popleft())
+                    continue
                 victim = self.running[-1]
                 if victim is self.running[0]:
-                    raise  # alone in the pool, and admission said it fits
+                    raise  # alone in the pool, and it fitted when it came
                 self.preempt(victim)
                 if victim in jobs:
                     at = jobs.index(victim)
                     del jobs[at], counts[at]
-        self.timed(self.pool.upload)
-        self.epochs.append(epoch)
-        while len(self.epochs) > self.steps_in_flight:
-            self.timed(self.pool.end_step, self.epochs.popleft())
-        self.advance(jobs, counts)
 
     def take(self, job, budget):
         """Tokens of this step: what is left, what the step may have, and not past a place for a checkpoint."""
         count = min(job.known - job.computed, budget)
         if count > 1:
-            stop = self.timed(self.pool.next_checkpoint, job.seq)
-            count = min(count, stop - job.computed)
+            count = min(count, self.timed(self.pool.next_checkpoint, job.seq) - job.computed)
         return count
 
     def admit(self):
-        """The head of the queue if the pool takes it, else None."""
-        job = self.waiting[0]
-        resumed = job.seq >= 0
-        if not self.timed(self.pool.can_admit, job.seq if resumed else job.request.total):
-            return None
-        self.waiting.popleft()
-        if resumed:
-            job.computed = self.timed(self.pool.resume, job.seq)
+        """The head of the queue if the pool takes it, else None, until something has been given back."""
+        job, pool = self.waiting[0], self.pool
+        if job.seq >= 0:
+            self.room = self.timed(pool.can_resume, job.seq)
+            if not self.room:
+                return None
+            job.computed = self.timed(pool.resume, job.seq)
             self.result.resumed_tokens += job.computed
         else:
             tokens = job.request.tokens()
+            try:
+                self.room = self.timed(pool.can_admit, tokens)
+                if job.request.total > self.longest:
+                    raise TooLong
+            except TooLong:
+                self.waiting.popleft()
+                self.result.refused += 1
+                return None
+            if not self.room:
+                return None
             job.known = len(tokens)
-            # The last token is always computed: its logits are what the request wants.
-            job.seq = self.timed(self.pool.create, tokens[:-1])
-            self.timed(self.pool.append, job.seq, tokens[-1:])
-            job.computed = self.timed(self.pool.length, job.seq)
+            job.seq = self.timed(pool.create, tokens)
+            job.computed = self.timed(pool.length, job.seq)
             self.result.hit_tokens += job.computed
+        self.waiting.popleft()
         self.running.append(job)
         return job
 
@@ -257,27 +276,39 @@ class Engine:
         self.timed(self.pool.preempt, job.seq)
         self.running.remove(job)
         self.waiting.appendleft(job)
+        self.room = False  # what it had is for the others first
         self.result.preemptions += 1
+
+    def drain(self):
+        """Every step has ended, every copy is made."""
+        self.pool.upload()
+        while self.epochs:
+            self.pool.end_step(self.epochs.popleft())
 
     def advance(self, jobs, counts):
         """The step has run: what is complete has one more token; what has all its tokens is freed."""
-        result, done = self.result, False
+        result, goes_on, done = self.result, [], False
         for job, count in zip(jobs, counts, strict=True):
             job.computed += count
-            if job.computed == job.known:
-                job.sampled += 1
-                result.sampled_tokens += 1
-                if job.sampled == job.request.output_length:
-                    self.timed(self.pool.free, job.seq)
-                    job.seq = -2
-                    done = True
-                    result.finished += 1
-                else:
-                    sampled = (job.number * 7919 + job.sampled * 104_729) % VOCABULARY
-                    self.timed(self.pool.append, job.seq, np.array([sampled], np.int32))
-                    job.known += 1
+            if job.computed < job.known:
+                continue
+            job.sampled += 1
+            result.sampled_tokens += 1
+            if job.sampled == job.request.output_length:
+                self.timed(self.pool.free, job.seq)
+                job.seq = -2
+                done = True
+                result.finished += 1
+            else:
+                job.known += 1
+                goes_on.append(job)
+        if goes_on:
+            seqs = np.array([job.seq for job in goes_on])
+            sampled = np.array([(job.number * 7919 + job.sampled * 104_729) % VOCABULARY for job in goes_on], np.int32)
+            self.timed(self.pool.append, seqs, sampled)
         if done:
             self.running = [job for job in self.running if job.seq != -2]
+            self.room = True
         tokens = sum(counts)
         prefill = tokens - sum(count == 1 for count in counts)
         self.clock += self.base_ms + prefill / self.tokens_per_ms
@@ -290,8 +321,8 @@ class Engine:
         result.steps.append(now)
 
     def timed(self, call, *args):
-        start = time.perf_counter()
+        start = time.thread_time()
         try:
             return call(*args)
         finally:
-            self.us += (time.perf_counter() - start) * 1e6
+            self.us += (time.thread_time() - start) * 1e6

@@ -10,6 +10,10 @@ from dsv4_rt.memory import PoolExhausted, PoolMisuse, TooLong, UnknownSequence
 FULL, COLUMN, WINDOW = 256, 64, 128  # tokens a page, tokens a window page, positions that a query sees
 
 
+class EitherError(PoolMisuse, TooLong):
+    """Two things are wrong at once: which one is reported is nobody's business."""
+
+
 class Page:
     """A page or slot. `kept`: the prefix cache wants it when nobody holds it."""
 
@@ -124,7 +128,7 @@ class Model:
         self.checkpoint_every, self.steps_in_flight, self.watermark = checkpoint_every, steps_in_flight, watermark
         self.full = Life(pages, self.evict_full)
         self.window = Life(window_pages, lambda page: self.evict_checkpoint(self.checkpoint_with(page)))
-        self.state = Life(max_sequences)
+        self.state = Life(max_sequences + steps_in_flight)
         self.slots = Life(checkpoints, lambda slot: self.evict_checkpoint(self.checkpoint_with(slot)))
         self.lives = {"full": self.full, "window": self.window, "state": self.state, "checkpoint": self.slots}
         self.live, self.preempted = {}, {}
@@ -134,8 +138,8 @@ class Model:
         self.step_tokens = 0
         self.epoch, self.open = 0, []
         self.counts = dict.fromkeys(
-            ["queried_tokens", "hit_tokens", "lost_tokens", "checkpoints_taken", "checkpoints_missed", "evicted_pages"]
-            + ["evicted_checkpoints", "copied_pages", "preemptions"], 0
+            ["tokens_queried", "tokens_hit", "tokens_lost", "checkpoints_taken", "checkpoints_missed", "evictions"]
+            + ["checkpoint_evictions", "copied_pages", "preemptions"], 0
         )  # fmt: skip
 
     # Sequences.
@@ -177,9 +181,9 @@ class Model:
 
     def begin(self, name, s):
         entries, hit = self.match(s.namespace, s.tokens)
-        self.counts["queried_tokens"] += len(s.tokens)
-        self.counts["hit_tokens"] += hit * FULL
-        self.counts["lost_tokens"] += (len(entries) - hit) * FULL
+        self.counts["tokens_queried"] += len(s.tokens)
+        self.counts["tokens_hit"] += hit * FULL
+        self.counts["tokens_lost"] += (len(entries) - hit) * FULL
         self.live[name] = s
         self.ever.add(name)
         (s.state,) = self.state.take(1, s)
@@ -196,25 +200,37 @@ class Model:
             s.registered, s.entry = hit, entries[hit - 1]
             self.copy("checkpoint", checkpoint.slot, "state", s.state)
 
-    def extend(self, names, counts):
+    def extend(self, names, counts, seen=None):
+        """`seen`: name -> the first window page that the pool holds after it. Only in a step of one token each, and
+        only for a sequence that needs no new window page, may a page that no query sees any more leave later."""
         seqs = [self.get(name) for name in names]
         if len(set(names)) < len(names):
             raise PoolMisuse("twice")
-        if any(count < 0 for count in counts) or self.step_tokens + sum(counts) > self.max_tokens:
+        if any(count < 0 for count in counts):
             raise PoolMisuse("counts")
         work = [(s, s.length, s.length + count) for s, count in zip(seqs, counts, strict=True) if count]
-        for s, _, m in work:
-            if m - self.computed(s)[0] > self.max_in_flight:
-                raise PoolMisuse("max_in_flight")
-        for _, _, m in work:
-            self.refuse_too_long(m)
+        too_many = self.step_tokens + sum(counts) > self.max_tokens
+        too_many |= any(m - self.computed(s)[0] > self.max_in_flight for s, _, m in work)
+        too_long = any(m > min(self.max_length, self.full.total * FULL) for _, _, m in work)
+        if too_many and too_long:
+            raise EitherError("counts")
+        if too_many:
+            raise PoolMisuse("counts")
+        if too_long:
+            raise TooLong("extend")
 
         # What it takes: new pages, copies of pages that others see, less what leaves the windows.
         passed, want_full, want_window = [], 0, 0
         for s, n, m in work:
             want_full += len(range(-(-n // FULL), -(-m // FULL)))
             want_window += len(range(-(-n // COLUMN), -(-m // COLUMN)))
-            passed += [(s, i) for i in sorted(s.window) if i < self.first_column(s, m)]
+            first = self.first_column(s, m)
+            if set(counts) == {1} and n % COLUMN:
+                name = next(name for name in names if self.live[name] is s)
+                late = seen[name] if seen else min(s.window)
+                assert min(s.window) <= late, f"{name}: window pages left that a query sees"
+                first = min(first, late)
+            passed += [(s, i) for i in sorted(s.window) if i < first]
         copies = self.shared_pages(work)
         want_full += sum(life == "full" for life, _, _ in copies)
         want_window += sum(life == "window" for life, _, _ in copies)
@@ -391,9 +407,9 @@ class Model:
             s.staged = None
 
     def copy(self, life, source, to, target):
-        """Note a copy; its source is held until it is made. The source of a source is the source."""
+        """Note a copy; its source is held until it is made. What is itself yet to be copied is read where that is."""
         for kind, origin, same, middle in self.copies:
-            if (same, middle) == (life, source) and (kind == life or to == "state"):
+            if (same, middle) == (life, source) and (kind == life or to == life):
                 life, source = kind, origin
         self.lives[life].hold(source, "copy")
         self.copies.append((life, source, to, target))
@@ -480,13 +496,13 @@ class Model:
             self.abandon("checkpoint", checkpoint.slot)
 
     def evict_checkpoint(self, checkpoint):
-        self.counts["evicted_checkpoints"] += 1
+        self.counts["checkpoint_evictions"] += 1
         self.drop_checkpoint(checkpoint)
 
     def evict_full(self, page):
         (entry,) = [entry for entry in self.found.values() if entry.page is page]
-        self.counts["evicted_pages"] += 1
-        self.counts["evicted_checkpoints"] += entry.checkpoint is not None
+        self.counts["evictions"] += 1
+        self.counts["checkpoint_evictions"] += entry.checkpoint is not None
         self.unregister(entry)
 
     def reset_prefix_cache(self):

@@ -84,8 +84,8 @@ def test_a_replay_ends_with_every_page_back(emulator, rng, pages):
     if pages == 400:
         assert result.preemptions == 0
         assert result.hit_tokens > 0.3 * bound
-    else:
-        assert stats.evicted_pages > 0
+    elif pages == 16:
+        assert stats.evictions > 0
     outputs = sum(request.output_length for request in trace)
     assert result.sampled_tokens == outputs
     pool.reset_prefix_cache()
