@@ -64,7 +64,9 @@ class StepSlots:
         self._width = tables.window.shape[1]
         self._arrays = [(m, tables.slots[m.name], f"slots.{m.name}", m.ratio.bit_length() - 1) for m in distinct]
         self.max_tokens = max_tokens
-        self._ramp = np.arange(FULL_TOKENS)
+        # By entries a page, as bits: the place within its page of each entry of a long run.
+        bits = {(8 if m.life == "full" else 6) - m.ratio.bit_length() + 1 for m in distinct}
+        self._within = {b: np.arange(max_tokens + FULL_TOKENS) & ((1 << b) - 1) for b in bits}
         self._positions = np.arange(max_tokens, dtype=np.int32)
         self.count = 0  # tokens so far
         self._pattern: dict[str, tuple[int, int, int]] = {}  # mapping -> where and how its last long run has its -1
@@ -141,9 +143,12 @@ class StepSlots:
                     out = out[(-1 - first) & (m.ratio - 1) :: m.ratio]  # positions that complete an entry
                 self._fill(out, full, 8 - shift, (first >> shift) - (page0 << (8 - shift)))
             else:
-                columns = np.arange(first >> 6, (end + 63) >> 6)
-                columns %= self._width
-                self._fill(out, tables.window[row].take(columns), 6, first & 63)
+                ring = tables.window[row].astype(np.int64)
+                left, count = (first >> 6) % self._width, ((end + 63) >> 6) - (first >> 6)
+                pages = ring[left : left + count]
+                if pages.size < count:
+                    pages = np.concatenate([pages, ring[: count - pages.size]])
+                self._fill(out, pages, 6, first & 63)
         tables.token_rows[at : at + n] = row
         np.add(self._positions[:n], first, out=tables.positions[at : at + n])
 
@@ -155,19 +160,8 @@ class StepSlots:
 
     def _fill(self, out: Ints, pages: Ints, bits: int, skip: int) -> None:
         """out = slots pages[0] * 2^bits + skip, ... one after the other through all the pages."""
-        n, entries = out.size, 1 << bits
-        head = min(-skip & (entries - 1), n)
-        starts = pages << np.int64(bits)
-        if head:
-            np.add(self._ramp[skip : skip + head], starts[0], out=out[:head])
-            starts = starts[1:]
-        body = (n - head) >> bits
-        stop = head + (body << bits)
-        if body:
-            # A view, also of a strided `out`: an axis of constant stride can always be split.
-            np.add(starts[:body, None], self._ramp[:entries], out=out[head:stop].reshape(body, entries))
-        if stop < n:
-            np.add(self._ramp[: n - stop], starts[body], out=out[stop:])
+        stop = skip + out.size
+        np.add(np.repeat(pages << bits, 1 << bits)[skip:stop], self._within[bits][skip:stop], out=out)
 
     def _finish(self, start: int, stop: int, rows: Ints, positions: Ints) -> None:
         self._tables.token_rows[start:stop] = rows

@@ -1,10 +1,13 @@
 """KVPool: sequences grow, shrink, fork and end; what the device sees of it."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from pools import expected_slots, fingerprint, mapping, prefill, small_layout, small_pool, table, tokens
 
-import dsv4_rt
 from dsv4_rt.arrays import view
 from dsv4_rt.errors import ArgumentError, PoolExhausted, PoolMisuse, UnknownSequence
 from dsv4_rt.memory import KVPool
@@ -390,13 +393,14 @@ def test_lookups(emulator):
         pool.row(0)
 
 
-def test_memory_imports_no_family():
-    import subprocess
-    import sys
+def test_the_readme_says_what_happens(emulator):
+    text = (Path(__file__).parents[2] / "README.md").read_text().split("## Paged memory")[1]
+    exec(compile(text.split("```python\n")[1].split("```")[0], "README.md", "exec"), {})
 
+
+def test_memory_imports_no_family():
     code = (
         "import sys, dsv4_rt.memory; "
         "assert not {m for m in sys.modules if m.startswith(('dsv4_rt.indexer', 'dsv4_rt.moe', 'torch'))}"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert dsv4_rt.__name__ == "dsv4_rt"
