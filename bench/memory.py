@@ -201,6 +201,37 @@ def by_length(device, rng):
     return rows
 
 
+def staged_bytes(device, rng):
+    """What an upload stages against the bytes of table entries that are other than before, and its time."""
+    pool = make_pool(device, pages=16 * 256 + 4200, max_sequences=257)
+    seqs = np.array(fill(pool, rng, 256, 1000, 2000))
+    mirror = pool._tables._mirror
+    long = pool.create()
+
+    def grow():
+        pool.extend(long, CHUNK)
+
+    def free():
+        pool.free(long)
+
+    def blank():
+        pass
+
+    rows = []
+    cases = [("a decode step, B = 256", lambda: pool.extend(seqs)), ("the first chunk of 8,192", grow)]
+    cases += [("the last of 128 chunks of 8,192", grow)] * 127 + [("free of 1M tokens", free), ("nothing", blank)]
+    for case, change in cases:
+        before = mirror.copy()
+        change()
+        pool._step.trim()  # what upload would do first: the step's tokens are blank from here on
+        changed = int(np.count_nonzero(before != mirror)) * 4
+        start = time.thread_time()
+        staged = pool.upload()
+        us = (time.thread_time() - start) * 1e6
+        rows.append(row(f"upload of {case}", (us, us, us), bytes=staged, changed=changed))
+    return [r for i, r in enumerate(rows) if i in (0, 1, 128, 129, 130)]
+
+
 def facts():
     cpu = next(
         (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")),
@@ -216,28 +247,34 @@ def facts():
 
 
 def show(rows):
-    print(f"{'':42}{'us':>10}{'p10 .. p90':>22}{'rival us':>11}{'rival':>8}{'must us':>9}{'goal us':>9}{'bytes':>9}")
+    head = {"us": 10, "p10 .. p90": 22, "rival us": 11, "rival": 8, "must us": 9, "goal us": 9, "staged B": 10}
+    print(" " * 42 + "".join(f"{name:>{width}}" for name, width in head.items()) + f"{'changed B':>10}")
     for r in rows:
         ratio = f"{r['rival_us'] / r['us']:.1f}x" if "rival_us" in r else ""
         limits = "".join(f"{r[k]:9.0f}" if r[k] else " " * 9 for k in ("must_us", "goal_us"))
         missed = "  MISSED" if r["must_us"] and r["us"] > r["must_us"] else ""
         print(
             f"{r['case']:42}{r['us']:10.1f}{r['p10']:11.1f} ..{r['p90']:8.1f}{r.get('rival_us', ''):>11}{ratio:>8}"
-            f"{limits}{r.get('bytes', ''):>9}{missed}"
+            f"{limits}{r.get('bytes', ''):>10}{r.get('changed', ''):>10}{missed}"
         )
 
 
 def readme_table(f, rows):
-    lines = ["| operation | us | against page objects | must, us | bytes staged |", "|---|---|---|---|---|"]
+    lines = [
+        "| operation | us | against page objects | must, us | bytes staged | changed |",
+        "|---|---|---|---|---|---|",
+    ]
     for r in rows:
         ratio = f"{r['rival_us'] / r['us']:.1f}x" if "rival_us" in r else ""
         must = f"{r['must_us']:,.0f}" if r["must_us"] else ""
-        lines.append(f"| {r['case']} | {r['us']:,.1f} | {ratio} | {must} | {r.get('bytes', '')} |")
+        lines.append(
+            f"| {r['case']} | {r['us']:,.1f} | {ratio} | {must} | {r.get('bytes', '')} | {r.get('changed', '')} |"
+        )
     lines += [
         "",
         f"{f['cpu']}, one core used, Python {f['python']}, NumPy {f['numpy']}, commit {f['commit']}, {f['date']}. CPU "
-        "time of the host, medians, without the launch; reservation of all groups, tables and slot mappings. Page objects: "
-        "`bench/memory_rival.py`, the same books kept by an object a page, in the same run. Written by "
+        "time of the host, medians, without the launch; reservation of all groups, tables and slot mappings. "
+        "Page objects: `bench/memory_rival.py`, the same books kept by an object a page, in the same run. Written by "
         "`python bench/memory.py --readme`.",
     ]
     return "\n".join(lines)
@@ -245,7 +282,8 @@ def readme_table(f, rows):
 
 def measure(device):
     rng = np.random.default_rng()
-    rows = decode_steps(device, rng) + long_sequence(device) + prefix_hash(device, rng) + by_length(device, rng)
+    rows = decode_steps(device, rng) + long_sequence(device) + prefix_hash(device, rng)
+    rows += by_length(device, rng) + staged_bytes(device, rng)
     return [{"bench": "memory", **r} for r in rows]
 
 
