@@ -1,7 +1,8 @@
 """Host time of the paged KV pool against a manager of page objects, and replay of request traces.
 
     python bench/memory.py [--out FILE] [--readme] [--recorded FILE]
-    python bench/memory.py --trace FILE [--limit N] [--pools PAGES ...] [--out FILE] [--plot FILE]
+    python bench/memory.py --trace FILE [--limit N] [--pools PAGES ...] [--checkpoint-every N] [--device cuda:0]
+        [--out FILE] [--plot FILE]
 
 The pool runs on a device whose kernels do nothing, so that a time is the host's alone; the rival (memory_rival.py)
 keeps the same books in the same run. Times are CPU time of the one thread that works (on a core of its own that is host
@@ -9,17 +10,20 @@ time; on a busy machine other programs are left out), medians; a time that passe
 """
 
 import datetime
+import functools
 import os
 import platform
 import time
 from pathlib import Path
 
+import memory_replay
 import numpy as np
 from harness import arguments, commit, read_out, write_out, write_readme
+from memory_replay import infinite_pool, replay
 from memory_rival import RivalPool
-from memory_trace import Engine, read_trace, upper_bound
+from memory_trace import read_trace
 
-from dsv4_rt.device import use_device
+from dsv4_rt.device import open_device, use_device
 from dsv4_rt.emulated_device import EmulatedDevice
 from dsv4_rt.memory import Cache, KVLayout, KVPool, Part
 from dsv4_rt.models import FLASH
@@ -290,157 +294,38 @@ def measure(device):
 # Traces.
 
 POOLS = (1024, 4096, 16384, 65536)  # pages of 256 tokens
-SAMPLES = 300  # points of use over time that are kept
+BATCH = 256
 
 
-def replay(device, requests, pages, progress, **engine):
-    """One row of the table: all requests through a pool of so many pages; 0: as many as the trace can use."""
-    bound = upper_bound(requests)
-    infinite = pages == 0
-    if infinite:
-        blocks = len({block for request in requests for block in request.hash_ids.tolist()})
-        pages = 2 * blocks + sum(-(-request.output_length // 256) + 3 for request in requests)
-    checkpoints = max(pages // 8, 16)
-    batch = engine.get("batch", 256)
-    pool = make_pool(
-        device,
-        pages=pages + 1,
-        window_pages=4 * batch + 2 * (CHUNK // 64 + 4) + 2 * checkpoints,
-        checkpoints=checkpoints + 1,
-        max_sequences=batch,
-        max_length=1 << 18,
-    )
-    task = progress.add_task("infinite" if infinite else f"{pages:,} pages", total=len(requests))
-    result = Engine(pool, requests, **engine).run(lambda done: progress.update(task, completed=done))
-    stats = pool.stats()
-    pool.reset_prefix_cache()
-    pool.check()
-    after = pool.stats()
-    back = all(
-        getattr(after, life).free == getattr(after, life).total for life in ("full", "window", "state", "checkpoint")
-    )
-    if not back:
-        raise SystemExit(f"{pages} pages: not every page came back: {after}")
-    steps = np.array(result.steps)
-    weights = np.diff(steps[:, 0], prepend=0.0)
-    share = steps[:, 5:7] / pages
-    every = max(1, len(steps) // SAMPLES)
-    prompt_tokens = sum(request.input_length for request in requests)
-    return {
-        "bench": "memory-trace",
-        "pages": pages,
-        "infinite": infinite,
-        "requests": len(requests),
-        "finished": result.finished,
-        "refused": result.refused,
-        "input_tokens": prompt_tokens,
-        "hit_rate": round(result.hit_tokens / prompt_tokens, 4),
-        "bound": round(bound / prompt_tokens, 4),
-        "of_bound": round(result.hit_tokens / bound, 4) if bound else None,
-        "lost_to_checkpoints": stats.tokens_lost,
-        "preemptions": result.preemptions,
-        "evicted_pages": stats.evictions,
-        "mean_used": round(float(np.average(share[:, 0], weights=weights)), 4),
-        "mean_cached": round(float(np.average(share[:, 1], weights=weights)), 4),
-        "peak_used": round(float(share[:, 0].max()), 4),
-        "steps": len(steps),
-        "us_per_step": round(float(np.median(steps[:, 4])), 1),
-        "us_per_step_p99": round(float(np.percentile(steps[:, 4], 99)), 1),
-        "us_per_step_mean": round(float(steps[:, 4].mean()), 1),
-        "us_decode_step": round(float(np.median(result.decode_us)), 1),
-        "decode_batch": round(float(np.median(result.decode_batch)), 1),
-        "engine_minutes": round(float(steps[-1, 0]) / 60e3, 1),
-        "replay_seconds": round(result.seconds, 1),
-        "use": [
-            [round(t / 60e3, 2), int(u), int(c), int(w)] for t, u, c, w in steps[::every][:, (0, 5, 6, 2)].tolist()
-        ],
-    }
-
-
-def show_trace(rows, flash_page):
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="pool sizes", title_justify="left")
-    columns = (
-        "pages",
-        "GiB, Flash",
-        "hit rate",
-        "of bound",
-        "lost to checkpoints",
-        "preempted",
-        "refused",
-        "evicted",
-        "used mean / peak",
-    )
-    columns += ("us a step", "p99", "us decode step (B)", "engine min", "replay s")
-    for name in columns:
-        table.add_column(name, justify="right")
-    for r in rows:
-        table.add_row(
-            f"{r['pages']:,}" + (" (infinite)" if r["infinite"] else ""),
-            f"{r['pages'] * flash_page / 2**30:.1f}",
-            f"{100 * r['hit_rate']:.1f} %",
-            f"{100 * (r['of_bound'] or 0):.1f} %",
-            f"{100 * r['lost_to_checkpoints'] / r['input_tokens']:.1f} %",
-            f"{r['preemptions']:,}",
-            f"{r['refused']:,}",
-            f"{r['evicted_pages']:,}",
-            f"{100 * r['mean_used']:.0f} / {100 * r['peak_used']:.0f} %",
-            f"{r['us_per_step']:.0f}",
-            f"{r['us_per_step_p99']:.0f}",
-            f"{r['us_decode_step']:.0f} ({r['decode_batch']:.0f})",
-            f"{r['engine_minutes']:.0f}",
-            f"{r['replay_seconds']:.0f}",
-        )
-    Console(width=200).print(table)
-    print(f"the trace's own bound on hits, an infinite cache of 512-token blocks: {100 * rows[0]['bound']:.1f} %")
-
-
-def plot_trace(path, facts, rows):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(len(rows), 1, figsize=(9, 1.9 * len(rows)), sharex=True, squeeze=False)
-    for axis, r in zip(axes[:, 0], rows, strict=True):
-        minutes, used, cached, waiting = np.array(r["use"]).T
-        axis.stackplot(minutes, 100 * used / r["pages"], 100 * cached / r["pages"], labels=("used", "cached"))
-        axis.set_ylim(0, 100)
-        axis.set_ylabel("% of pages")
-        axis.set_title(f"{r['pages']:,} pages, hit rate {100 * r['hit_rate']:.1f} %", fontsize="medium", loc="left")
-        queue = axis.twinx()
-        queue.plot(minutes, waiting, color="black", linewidth=0.7, label="waiting")
-        queue.set_ylabel("waiting")
-    axes[0, 0].legend(loc="upper right")
-    axes[-1, 0].set_xlabel(f"minutes of the engine's clock; {facts['cpu']}, commit {facts['commit']}")
-    figure.tight_layout()
-    figure.savefig(path)
+def trace_pool(options, device, requests, pages):
+    """(pool, what its memory is): thin pages and no kernels, or with --device those of V4 Flash and all launches."""
+    sizes = {"max_sequences": BATCH, "max_length": 1 << 18, "max_in_flight": CHUNK}
+    sizes |= {"checkpoint_every": options.checkpoint_every}
+    if pages:
+        sizes |= {"pages": pages}
+    else:
+        pages, checkpoints = infinite_pool(requests, options.checkpoint_every)
+        sizes |= {"pages": pages, "checkpoints": checkpoints}
+    if options.device:
+        return KVPool(KVLayout.for_model(FLASH), device=device, **sizes), f"V4 Flash on {device.name}"
+    return KVPool(thin_layout(), device=device, **sizes), "host only"
 
 
 def run_trace(options, device):
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich import progress as rich
 
     requests = read_trace(options.trace, options.limit)
     if not requests:
         raise SystemExit(f"{options.trace} holds no request")
-    columns = (
-        TextColumn("{task.description:>16}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as progress:
-        return [replay(device, requests, pages, progress) for pages in options.pools]
+    columns = (rich.TextColumn("{task.description:>16}"), rich.BarColumn(), rich.MofNCompleteColumn())
+    rows = []
+    with rich.Progress(*columns, rich.TimeElapsedColumn(), rich.TimeRemainingColumn()) as progress:
+        for pages in options.pools:
+            task = progress.add_task(f"{pages:,} pages" if pages else "infinite", total=len(requests))
+            pool, label = trace_pool(options, device, requests, pages)
+            tick = functools.partial(lambda task, done: progress.update(task, completed=done), task)
+            rows.append(replay(pool, requests, tick, batch=BATCH, infinite=not pages, label=label))
+    return rows
 
 
 def main():
@@ -448,9 +333,11 @@ def main():
     parser.add_argument("--trace", type=Path, help="replay a Mooncake JSONL trace instead")
     parser.add_argument("--limit", type=int, help="only the first requests of the trace")
     parser.add_argument("--pools", type=int, nargs="+", default=[*POOLS, 0], help="pages of each pool, 0: never full")
+    parser.add_argument("--checkpoint-every", type=int, default=4096, help="tokens between checkpoints")
+    parser.add_argument("--device", help="replay with the memory of V4 Flash and all launches there: cuda:0")
     parser.add_argument("--plot", type=Path, help="draw the trace's use over time (PNG or SVG; matplotlib)")
     options = parser.parse_args()
-    device = NoKernels("sm_100a")
+    device = open_device(options.device) if options.device else NoKernels("sm_100a")
     if options.recorded:
         about, rows = read_out(options.recorded)
     else:
@@ -461,9 +348,9 @@ def main():
         f"{about['cpu']}; Python {about['python']}, NumPy {about['numpy']}, commit {about['commit']}, {about['date']}"
     )
     if rows[0]["bench"] == "memory-trace":
-        show_trace(rows, KVLayout.for_model(FLASH).bytes_of("full"))
+        memory_replay.show(rows, KVLayout.for_model(FLASH).bytes_of("full"))
         if options.plot:
-            plot_trace(options.plot, about, rows)
+            memory_replay.plot(options.plot, about, rows)
     else:
         show(rows)
         if options.readme:
