@@ -536,7 +536,7 @@ class Model:
         for life in ("full", "window"):
             pool = self.lives[life]
             spared = int(self.watermark * pool.total) if self.live else 0
-            idle = sum(not page.holders for page in pinned[life])
+            idle = sum(page in pool.idle for page in pinned[life])  # available now, but not once it is shared
             if need[life] + idle + spared > pool.available:
                 return False
         return True
