@@ -348,7 +348,10 @@ def main():
         f"{about['cpu']}; Python {about['python']}, NumPy {about['numpy']}, commit {about['commit']}, {about['date']}"
     )
     if rows[0]["bench"] == "memory-trace":
-        memory_replay.show(rows, KVLayout.for_model(FLASH).bytes_of("full"))
+        flash_page = KVLayout.for_model(FLASH).bytes_of("full")
+        memory_replay.show(rows, flash_page)
+        if options.readme:
+            write_readme("memory_trace", memory_replay.readme_table(about, rows, flash_page))
         if options.plot:
             memory_replay.plot(options.plot, about, rows)
     else:

@@ -65,47 +65,68 @@ def replay(pool, requests, tick, *, batch, infinite=False, label=""):
     }
 
 
+def order(rows):
+    """By memory, checkpoints, size."""
+    return sorted(rows, key=lambda r: (r["requests"], r["memory"] != "host only", -r["checkpoint_every"], r["pages"]))
+
+
+def cells(r, flash_page):
+    """What the table says of a row, by column."""
+    return {
+        "pages": f"{r['pages']:,}" + (" (never full)" if r["infinite"] else ""),
+        "GiB of V4 Flash": f"{r['pages'] * flash_page / 2**30:.1f}",
+        "checkpoint every": f"{r['checkpoint_every']:,}",
+        "hit rate": f"{100 * r['hit_rate']:.1f} %",
+        "bound": f"{100 * r['bound']:.1f} %",
+        "lost to checkpoints": f"{100 * r['lost_to_checkpoints'] / r['input_tokens']:.1f} %",
+        "preempted": f"{r['preemptions']:,}",
+        "refused": f"{r['refused']:,}",
+        "evicted": f"{r['evicted_pages']:,}",
+        "used, mean / peak": f"{100 * r['mean_used']:.0f} / {100 * r['peak_used']:.0f} %",
+        "steps": f"{r['steps']:,}",
+        "us a step, median / p99": f"{r['us_per_step']:.0f} / {r['us_per_step_p99']:.0f}",
+        "us a decode step (B)": f"{r['us_decode_step']:.0f} ({r['decode_batch']:.0f})",
+        "replayed in, s": f"{r['replay_seconds']:.0f}",
+    }
+
+
 def show(rows, flash_page):
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="pool sizes", title_justify="left")
-    columns = (
-        "pages",
-        "GiB, Flash",
-        "hit rate",
-        "of bound",
-        "lost to checkpoints",
-        "preempted",
-        "refused",
-        "evicted",
-        "used mean / peak",
-    )
-    columns += ("us a step", "p99", "us decode step (B)", "engine min", "replay s")
-    for name in columns:
-        table.add_column(name, justify="right")
-    for r in rows:
-        table.add_row(
-            f"{r['pages']:,}" + (" (infinite)" if r["infinite"] else ""),
-            f"{r['pages'] * flash_page / 2**30:.1f}",
-            f"{100 * r['hit_rate']:.1f} %",
-            f"{100 * (r['of_bound'] or 0):.1f} %",
-            f"{100 * r['lost_to_checkpoints'] / r['input_tokens']:.1f} %",
-            f"{r['preemptions']:,}",
-            f"{r['refused']:,}",
-            f"{r['evicted_pages']:,}",
-            f"{100 * r['mean_used']:.0f} / {100 * r['peak_used']:.0f} %",
-            f"{r['us_per_step']:.0f}",
-            f"{r['us_per_step_p99']:.0f}",
-            f"{r['us_decode_step']:.0f} ({r['decode_batch']:.0f})",
-            f"{r['engine_minutes']:.0f}",
-            f"{r['replay_seconds']:.0f}",
-        )
-    Console(width=200).print(table)
-    print(f"the trace's own bound on hits, an infinite cache of 512-token blocks: {100 * rows[0]['bound']:.1f} %")
+    for memory, requests in dict.fromkeys((r["memory"], r["requests"]) for r in order(rows)):
+        mine = [cells(r, flash_page) for r in order(rows) if (r["memory"], r["requests"]) == (memory, requests)]
+        table = Table(title=f"{requests:,} requests; memory: {memory}", title_justify="left")
+        for name in mine[0]:
+            table.add_column(name, justify="right")
+        for row in mine:
+            table.add_row(*row.values())
+        Console(width=220).print(table)
+    print("hit rate and bound: of the input tokens. bound: an infinite cache of 512-token blocks, by the trace alone.")
+
+
+def readme_table(f, rows, flash_page):
+    left_out = ("refused", "steps", "evicted", "used, mean / peak")
+    mine = [cells(r, flash_page) for r in order(rows) if r["memory"] == "host only"]
+    columns = [name for name in mine[0] if name not in left_out]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(row[name] for name in columns) + " |" for row in mine]
+    r = order(rows)[-1]
+    lines += [
+        "",
+        f"{r['requests']:,} requests, {r['input_tokens'] / 1e6:.0f} million input tokens: admission, prefix reuse, "
+        "chunked prefill, decoding, preemption and eviction on a model engine (20 ms a step, 25 us a prefill token); "
+        "every page is back at the end. Hit rate and bound are shares of the input tokens; the bound is what an "
+        "infinite cache of 512-token blocks would find. Times are the pool's own CPU time, hashing included, without "
+        f"launches. {f['cpu']}, Python {f['python']}, NumPy {f['numpy']}, commit {f['commit']}, {f['date']}. Written "
+        "by `python bench/memory.py --trace FILE --readme`.",
+    ]
+    return "\n".join(lines)
 
 
 def plot(path, facts, rows):
+    """Pages used and cached over the engine's time, and how many requests wait; a panel a pool."""
+    rows = [r for r in order(rows) if r["memory"] == "host only"]
     import matplotlib
 
     matplotlib.use("Agg")
@@ -117,7 +138,11 @@ def plot(path, facts, rows):
         axis.stackplot(minutes, 100 * used / r["pages"], 100 * cached / r["pages"], labels=("used", "cached"))
         axis.set_ylim(0, 100)
         axis.set_ylabel("% of pages")
-        axis.set_title(f"{r['pages']:,} pages, hit rate {100 * r['hit_rate']:.1f} %", fontsize="medium", loc="left")
+        axis.set_title(
+            f"{r['pages']:,} pages, checkpoints every {r['checkpoint_every']:,}, hit rate {100 * r['hit_rate']:.1f} %",
+            fontsize="medium",
+            loc="left",
+        )
         queue = axis.twinx()
         queue.plot(minutes, waiting, color="black", linewidth=0.7, label="waiting")
         queue.set_ylabel("waiting")

@@ -262,7 +262,7 @@ def history(pool, probe, rng, steps):
     print(probe.checked, "entries read back;", pool.stats())
 
 
-SCARCE = {"pages": 14, "window_pages": 44, "checkpoints": 5, "max_sequences": 5, "max_draft": 5}
+SCARCE = {"pages": 14, "window_pages": 44, "checkpoints": 5, "max_sequences": 5, "max_draft": 5, "max_tokens": 1300}
 
 
 @pytest.mark.parametrize("steps", [100, pytest.param(1500, marks=pytest.mark.slow)])
