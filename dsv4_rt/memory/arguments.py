@@ -62,3 +62,10 @@ def as_counts(counts: Any, n: int, what: str = "extend", name: str = "counts") -
     if array.size and (int(array.min()) < -(2**31) or int(array.max()) >= 2**31):
         raise PoolMisuse(f"{what}: {name} from {array.min()} to {array.max()} are out of range")
     return np.broadcast_to(array.astype(np.int64), (n,))
+
+
+def as_count(counts: Any) -> int:
+    """What `extend` is given for one sequence."""
+    if counts is None:
+        return 1
+    return counts if type(counts) is int else int(as_counts(counts, 1)[0])

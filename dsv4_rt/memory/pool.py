@@ -5,7 +5,9 @@
     while ...:                                      # a step
         pool.extend(seqs, counts)                   # all or nothing
         pool.upload()                               # copies, then what changed in the tables
+        step = pool.begin_step()
         ...                                         # kernels write through slot_mapping, read through block_table
+        pool.end_step(step)                         # when the device is through
     pool.free(seq)
 
 Rules. Everything a call refuses it refuses before it changes anything. The stream's order is the truth: what was
@@ -32,7 +34,7 @@ from dsv4_rt.device import device as current_device
 from dsv4_rt.errors import ArgumentError, PoolExhausted, PoolMisuse, TooLong
 from dsv4_rt.memory import admission, snapshot
 from dsv4_rt.memory.admission import Need
-from dsv4_rt.memory.arguments import as_counts, as_id, as_ids, budget_bytes, optional
+from dsv4_rt.memory.arguments import as_count, as_counts, as_id, as_ids, budget_bytes, optional
 from dsv4_rt.memory.check import check
 from dsv4_rt.memory.copies import Copies
 from dsv4_rt.memory.layout import LIVES, KVLayout
@@ -94,8 +96,8 @@ class KVPool(Views):
             layout: the caches; made with the same max_draft.
             budget: bytes for all arrays (int), or a fraction of the device's free memory (float or "0.8").
             pages: 256-token pages, instead of a budget; like the two below without the null page.
-            window_pages: 64-token window pages; by default what max_sequences decoding sequences, the chunks in flight
-                and the checkpoints can hold.
+            window_pages: 64-token window pages; by default 4 a sequence, max_tokens / 64 for each of steps_in_flight
+                and 2 a checkpoint: enough if a sequence whose prompt is done decodes in the next step.
             checkpoints: checkpoint slots; by default one every `checkpoint_every` tokens of pages, one a sequence.
                 With 0 nothing is ever found again.
             state_slots: at least one a sequence; by default max_sequences + steps_in_flight: a slot that is let go
@@ -145,7 +147,7 @@ class KVPool(Views):
             if state_slots is None
             else check_range(what, "state_slots", state_slots, max_sequences, 2**30),
             max_sequences=max_sequences,
-            max_in_flight=max_in_flight,
+            max_tokens=self.max_tokens,
             checkpoint_every=checkpoint_every,
             steps_in_flight=steps_in_flight,
         )
@@ -231,8 +233,10 @@ class KVPool(Views):
 
             positions length .. length + count - 1 of each sequence, in the order of the batch
 
-        Pages that no later query can see leave the window, shared pages that would be written are copied, complete
-        pages enter the prefix cache, checkpoints are taken. Calls before the same upload add to one step.
+        Pages that no later query can see leave the window (at the latest when a decoding sequence begins another
+        64 tokens), shared pages that would be written are copied, complete pages enter the prefix cache, checkpoints
+        are taken. Calls before the same upload add to one step. The window pages of a chunk stay until the sequence is
+        extended again.
 
         Args:
             seqs: an id, or a batch of different ids (an int64 array costs no conversion).
@@ -244,22 +248,20 @@ class KVPool(Views):
             UnknownSequence, PoolMisuse: a bad id, count or dtype, an id twice, more than max_tokens in the step.
         """
         s = self._seqs
-        if type(seqs) is list and len(seqs) == 1 and type(seqs[0]) is int:
-            seqs = seqs[0]
-            counts = counts[0] if type(counts) is list and len(counts) == 1 else counts
         if type(seqs) is int:
-            one = type(counts) is int
-            self._extend_one(seqs, counts if one else 1 if counts is None else int(as_counts(counts, 1)[0]))
+            self._extend_one(seqs, as_count(counts))
             return
         ids = as_ids(seqs, "extend")
+        if ids.size == 1:
+            self._extend_one(int(ids[0]), as_count(counts))
+            return
         rows = s.rows(ids, "extend")
         n = s.length.take(rows)
         ones = counts is None or (type(counts) is int and counts == 1)
         if not ones:
             c = as_counts(counts, ids.size)
             ones = bool((c == 1).all())
-        if ids.size > 1:
-            s.distinct(rows, "extend")
+        s.distinct(rows, "extend")
         if not ones or s.flags.take(rows).any():
             self._extend(rows, n, np.ones_like(n) if ones else c)
             return
@@ -474,6 +476,9 @@ class KVPool(Views):
     @_exclusive
     def begin_step(self) -> int:
         """A step is in flight from now on: pages let go before it ends are not handed out until then.
+
+        Call it after `upload`, right before the step's kernels are launched: what `extend`, `preempt` or `free` let go
+        for this step is not read by it, and need only wait for the steps before.
 
         Returns:
             the step's number, for `end_step`.

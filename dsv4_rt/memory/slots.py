@@ -111,10 +111,29 @@ class StepSlots:
     def add_one(self, row: int, first: int, n: int) -> None:
         """n tokens from position `first` on of one row."""
         start, stop = self.count, self.count + n
+        if n == 1:
+            self._add_single(start, row, first)
+            return
         self._add_long(start, row, first, n)
         for _, _, name, _ in self._arrays:
             self._tables.mark_range(name, start, stop)
         self._close(start, stop)
+
+    def _add_single(self, at: int, row: int, p: int) -> None:
+        tables = self._tables
+        self._pattern.clear()
+        full = (int(tables.full[row, p >> 8]) << 8) + (p & 255)
+        window = (int(tables.window[row, (p >> 6) % self._width]) << 6) + (p & 63)
+        for m, array, name, shift in self._arrays:
+            last = m.ratio - 1
+            array[at] = (window if m.life == "window" else full) >> shift if p & last == last else -1
+            tables.mark_one(name, at)
+        tables.token_rows[at] = row
+        tables.positions[at] = p
+        tables.mark_one("token_rows", at)
+        tables.mark_one("positions", at)
+        self.count = at + 1
+        self._written = max(self._written, at + 1)
 
     def _add_short(self, rows: Ints, first: Ints, counts: Ints, at: Ints) -> None:
         which, p = spread(first, counts)
