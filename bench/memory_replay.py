@@ -149,4 +149,4 @@ def plot(path, facts, rows):
     axes[0, 0].legend(loc="upper right")
     axes[-1, 0].set_xlabel(f"minutes of the engine's clock; {facts['cpu']}, commit {facts['commit']}")
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, dpi=72)

@@ -293,7 +293,7 @@ class Model:
             self.counts["copied_pages"] += 1
 
     def let_go(self, life, page, holder):
-        if self.lives[life].drop(page, holder, self.fence):
+        if self.lives[life].drop(page, holder, self.fence) and not page.kept:
             self.abandon(life, page)
 
     @property
@@ -415,7 +415,7 @@ class Model:
         self.copies.append((life, source, to, target))
 
     def abandon(self, life, page):
-        """Nobody holds the page: nothing needs to be copied into it."""
+        """Nobody holds or keeps the page: nothing needs to be copied into it."""
         gone = [copy for copy in self.copies if (copy[2], copy[3]) == (life, page)]
         self.copies = [copy for copy in self.copies if copy not in gone]
         for kind, source, _, _ in gone:

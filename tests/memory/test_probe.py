@@ -81,6 +81,23 @@ def test_forks_of_forks_before_any_upload(probed, rng):
     pool.check()
 
 
+def test_a_checkpoint_found_before_it_is_saved(probed, rng):
+    """A hit on a checkpoint that the next upload will save is given back: the save has to happen all the same."""
+    pool, probe = probed(checkpoint_every=256)
+    tokens = prompt(rng, 400)
+    first = start(pool, probe, tokens[:256])
+    prefill(pool, probe, first, 256)
+    end(pool, probe, first)
+    second = start(pool, probe, tokens)
+    assert pool.length(second) == 256
+    end(pool, probe, second)
+    pool.upload()
+    third = start(pool, probe, tokens)
+    assert pool.length(third) == 256
+    prefill(pool, probe, third, 400)
+    pool.check()
+
+
 def test_copies_where_pages_are_scarce(probed, rng):
     """Copy on write into pages that the same upload still reads: a freed page comes back as a destination."""
     pool, probe = probed(pages=6, window_pages=16, max_sequences=4, checkpoints=1)
