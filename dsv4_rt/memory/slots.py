@@ -172,7 +172,7 @@ class StepSlots:
         np.add(self._positions[:n], first, out=tables.positions[at : at + n])
 
     def _blank(self, name: str, out: Ints, pattern: tuple[int, int, int]) -> None:
-        """-1 everywhere; skipped where the same pattern of -1 was the last that was written there."""
+        """-1 everywhere; skipped where the last slots written were a run with the same places of -1."""
         if self._pattern.get(name) != pattern:
             out.fill(-1)
             self._pattern[name] = pattern
@@ -196,7 +196,6 @@ class StepSlots:
     def withdraw(self, row: int, length: int) -> None:
         """The staged tokens of a row from position `length` on go nowhere: slots and positions -1."""
         tables, n = self._tables, self.count
-        self._pattern.clear()
         gone = np.flatnonzero((tables.token_rows[:n] == row) & (tables.positions[:n] >= length))
         for _, array, name, _ in self._arrays:
             array[gone] = -1
@@ -208,7 +207,6 @@ class StepSlots:
         """Blank what an earlier, longer step has left behind this one's tokens."""
         start, stop = self.count, self._written
         if start < stop:
-            self._pattern.clear()
             tables = self._tables
             for _, array, name, _ in self._arrays:
                 array[start:stop] = -1

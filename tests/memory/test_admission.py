@@ -104,6 +104,36 @@ def test_can_admit_is_what_allocation_then_does(emulator, rng, in_flight):
     assert 0 < sum(answers) < len(answers)
 
 
+def test_a_hit_is_no_longer_there_to_evict(emulator, rng):
+    """Of 4 pages 1 is used, 1 free and 2 are cached: a prompt that finds these 2 can have 1 more, not 3."""
+    pool, prompt = small_pool(pages=4, watermark=0), tokens(rng, 900)
+    seq = pool.create(prompt[:520])
+    prefill(pool, seq, 520)
+    pool.free(seq)
+    pool.extend(pool.create(), 256)
+    stats = pool.stats()
+    assert (stats.full.used, stats.full.cached, stats.full.free) == (1, 2, 1)
+    assert pool.can_admit(prompt[:768])
+    assert not pool.can_admit(prompt[:769])
+    assert pool.can_admit(tokens(rng, 768))  # one that finds nothing can have the cached pages themselves
+    assert not pool.can_admit(tokens(rng, 769))
+
+
+def test_a_fenced_hit_takes_nothing_that_is_available(emulator, rng):
+    pool, prompt = small_pool(pages=4, watermark=0), tokens(rng, 900)
+    seq = pool.create(prompt[:520])
+    prefill(pool, seq, 520)
+    pool.begin_step()
+    pool.free(seq)
+    assert pool.stats().full.fenced == 3
+    assert pool.can_admit(prompt[:768])
+    assert not pool.can_admit(prompt[:769])
+    seq = pool.create(prompt[:768])
+    assert pool.length(seq) == 512
+    pool.extend(seq, 256)
+    pool.check()
+
+
 def test_watermark(emulator):
     pool = small_pool(pages=20, watermark=0.25, max_length=8192)
     assert pool.can_admit(20 * 256)  # alone it may have all

@@ -146,6 +146,44 @@ def test_decoding_holds_three_window_pages(emulator):
     assert live <= set(np.flatnonzero(row).tolist())
 
 
+def test_three_window_pages_are_enough_to_decode(emulator):
+    """What a call lets go it may take again, where no step is in flight; also what two sequences let go at once."""
+    pool = small_pool(window_pages=3)
+    seq = pool.create()
+    for _ in range(400):
+        pool.extend(seq)
+        pool.upload()
+    pool.check()
+    pool.free(seq)
+    pool = small_pool(window_pages=4)
+    parent = pool.create()
+    prefill(pool, parent, 191)
+    pool.extend(parent)
+    pool.upload()
+    child = pool.fork(parent)
+    pool.extend([parent, child])  # both let the first page go and begin another one
+    pool.upload()
+    pool.check()
+    assert pool.stats().window.free == 0
+
+
+def test_a_long_run_after_short_ones(emulator):
+    """The places of -1 of a run are not taken for granted when something else was written in between."""
+    pool = small_pool()
+    a, b, c = pool.create(), pool.create(), pool.create()
+    for between in (lambda: pool.extend([b, c], [30, 30]), lambda: pool.extend([b, c]), lambda: pool.extend(b)):
+        first = pool.length(a)
+        pool.extend(a, 256)
+        pool.upload()
+        assert_mapped(pool, [(a, first, 256)])
+        between()
+        pool.upload()
+        pool.check()
+    pool.extend(a, 256)
+    pool.upload()
+    assert_mapped(pool, [(a, 768, 256)])
+
+
 def contents(pool, cache, page):
     return pool.device.numpy(pool.storage.array(cache)[:, page])
 

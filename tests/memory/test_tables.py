@@ -349,5 +349,7 @@ def test_one_element_is_marked_like_many(device, rng):
     for _ in range(5000):  # more marks than there is room for at first
         tables.mark_one("slots.csa", TOKENS - 1)
     for index in (-1, TOKENS):
-        with pytest.raises(ArgumentError, match=rf"mark_one: 'slots.csa' has elements 0 to {TOKENS - 1}; {index} given"):
+        with pytest.raises(
+            ArgumentError, match=rf"mark_one: 'slots.csa' has elements 0 to {TOKENS - 1}; {index} given"
+        ):
             tables.mark_one("slots.csa", index)
