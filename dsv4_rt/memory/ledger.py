@@ -349,14 +349,12 @@ class Ledger:
 
     def _checkpoint(self, row: int, page: int, boundary: int, high: int) -> None:
         """Take the checkpoint at `boundary` if the rings still hold what it needs."""
-        state = int(self.tables.state[row])
         first = boundary // 64 - 2
-        gone = high - boundary > 4 + self.max_draft or first < self.sequences.first_window[row]
-        if gone or state in self.copies.restores:
+        if high - boundary > 4 + self.max_draft or first < self.sequences.first_window[row]:
             self.prefix.stats.checkpoints_missed += 1
             return
         window = self.tables.window[row].take(np.arange(first, first + 2) % self.width)
-        self.prefix.checkpoint(page, window, state, boundary)
+        self.prefix.checkpoint(page, window, int(self.tables.state[row]), boundary)
 
     # -------------------------------------------------------------------------------------------- rows come and go
 

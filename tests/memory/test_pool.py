@@ -146,6 +146,17 @@ def test_decoding_holds_three_window_pages(emulator):
     assert live <= set(np.flatnonzero(row).tolist())
 
 
+def test_a_chunk_leaves_the_window_with_the_next_token(emulator):
+    pool = small_pool()
+    seqs = [pool.create(), pool.create()]
+    pool.extend(seqs, [600, 590])
+    pool.upload()
+    assert pool.stats().window.used == 20
+    pool.extend(seqs)
+    assert pool.stats().window.used == 6
+    pool.check()
+
+
 def test_three_window_pages_are_enough_to_decode(emulator):
     """What a call lets go it may take again, where no step is in flight; also what two sequences let go at once."""
     pool = small_pool(window_pages=3)

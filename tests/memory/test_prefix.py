@@ -239,6 +239,60 @@ def test_window_pages_wanted_take_checkpoints(emulator, rng):
     pool.check()
 
 
+def test_what_a_checkpoint_keeps_is_not_written_again(emulator, rng):
+    pool, prompt = small_pool(), tokens(rng, 1400)
+    seq = pool.create(prompt)
+    prefill(pool, seq, 512)
+    ring = table(pool, "window").shape[1]
+    kept = table(pool, "window")[pool.row(seq)][[6 % ring, 7 % ring]].tolist()
+    for length in (700, 1000, 1400):
+        prefill(pool, seq, length)
+        assert not set(kept) & set(table(pool, "window")[pool.row(seq)].tolist()) or length == 700
+        pool.check()
+    again = pool.create(prompt[:600])
+    pool.upload()
+    assert table(pool, "window")[pool.row(again)][[6 % ring, 7 % ring]].tolist() == kept
+
+
+def test_forks_that_part_just_before_a_boundary(emulator, rng):
+    """Both have the window page before the last: it is kept once, and once given up."""
+    pool, prompt, other = small_pool(), tokens(rng, 600), tokens(rng, 600)
+    a = pool.create()
+    prefill(pool, a, 500)
+    pool.append(a, prompt[:500])
+    b = pool.fork(a)
+    pool.append(a, prompt[500:])
+    pool.append(b, other[500:])
+    pool.extend([a, b], [12, 12])
+    pool.upload()
+    pool.extend([a, b], [50, 50])
+    pool.upload()
+    pool.check()
+    pool.free(a)
+    pool.free(b)
+    pool.check()
+    assert hit(pool, prompt) == 512
+    assert hit(pool, np.concatenate([prompt[:500], other[500:]])) == 0
+    assert pool.stats().checkpoints_missed == 1
+
+
+def test_nothing_before_a_hit_can_be_taken_back(emulator, rng):
+    """The checkpoint has 4 state rows and 128 positions: a sequence cannot step back behind it."""
+    pool, prompt = small_pool(max_draft=5), tokens(rng, 600)
+    finished(pool, prompt)
+    seq = pool.create(prompt)
+    pool.extend(seq, 2)
+    pool.upload()
+    twin = pool.fork(seq)
+    for s in (seq, twin):
+        before = fingerprint(pool)
+        with pytest.raises(PoolMisuse, match="it can be from 512 on"):
+            pool.truncate(s, 511)
+        assert fingerprint(pool) == before
+        pool.truncate(s, 512)
+    pool.check()
+
+
 def test_reset(emulator, rng):
     pool, prompt = small_pool(), tokens(rng, 1300)
     finished(pool, prompt)
