@@ -144,7 +144,7 @@ def long_sequence(device):
             seq, spent = manager.create(), 0.0
             for _ in range(MILLION // CHUNK):
                 start = time.thread_time()
-                manager.extend([seq], [CHUNK])
+                manager.extend(*((seq, CHUNK) if manager is pool else ([seq], [CHUNK])))
                 spent += time.thread_time() - start
                 upload()
             start = time.thread_time()

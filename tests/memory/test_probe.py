@@ -4,11 +4,15 @@ Histories are directed at what goes wrong in pools: pages shared and overwritten
 each other, rings that wrap, pages handed out while still to be copied, tables of a row's former owner.
 """
 
+import dataclasses
+
 import numpy as np
 import pytest
+from probe import Probe
 
 from dsv4_rt.errors import LaunchError
-from dsv4_rt.memory import PoolExhausted, PoolMisuse
+from dsv4_rt.memory import KVLayout, KVPool, PoolExhausted, PoolMisuse
+from dsv4_rt.models import FLASH
 
 
 def prompt(rng, n):
@@ -209,6 +213,31 @@ def test_a_step_in_flight_keeps_its_window(probed, rng):
     pool.end_step(epoch)
     assert pool.stats().window.fenced == 0
     probe.step([seq], [64])
+    pool.check()
+
+
+@pytest.mark.parametrize(
+    ("record", "index"), [("v4", "nvfp4"), ("split", "mxfp4"), ("v4.1", "fp8"), ("v4.1-fp4", "nvfp4")]
+)
+def test_records_of_the_released_models(device, rng, record, index):
+    """The same on pages as kernels know them, every byte of every part: prefill, fork, drafts taken back, a hit."""
+    model = dataclasses.replace(FLASH, num_layers=4, compress_ratios=(0, 4, 128, 4))
+    layout = KVLayout.for_model(model, record=record, index=index, max_draft=3)
+    pool = KVPool(layout, pages=8, window_pages=24, max_sequences=3, max_length=1024, max_in_flight=320, max_draft=3)
+    probe = Probe(pool, device)
+    tokens = prompt(rng, 420)
+    first = start(pool, probe, tokens)
+    prefill(pool, probe, first, 300, chunk=256)
+    child = pool.fork(first)
+    probe.set_content(child, np.concatenate([tokens[:300], prompt(rng, 40)]))
+    probe.step([first, child], [2, 5])
+    pool.truncate(child, 302)
+    probe.set_content(child, np.concatenate([probe.content[child][:302], prompt(rng, 40)]))
+    second = start(pool, probe, tokens)
+    assert pool.length(second) == 256
+    probe.step([second, child, first], [64, 3, 90])
+    probe.step([second, child, first], [1, 1, 1])
+    probe.check_tables()
     pool.check()
 
 
