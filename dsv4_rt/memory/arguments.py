@@ -68,4 +68,6 @@ def as_count(counts: Any) -> int:
     """What `extend` is given for one sequence."""
     if counts is None:
         return 1
+    if type(counts) is list and len(counts) == 1:
+        counts = counts[0]
     return counts if type(counts) is int else int(as_counts(counts, 1)[0])

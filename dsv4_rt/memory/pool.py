@@ -248,6 +248,8 @@ class KVPool(Views):
             UnknownSequence, PoolMisuse: a bad id, count or dtype, an id twice, more than max_tokens in the step.
         """
         s = self._seqs
+        if type(seqs) is list and len(seqs) == 1 and type(seqs[0]) is int:
+            seqs = seqs[0]
         if type(seqs) is int:
             self._extend_one(seqs, as_count(counts))
             return

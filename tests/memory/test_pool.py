@@ -146,26 +146,26 @@ def test_decoding_holds_three_window_pages(emulator):
     assert live <= set(np.flatnonzero(row).tolist())
 
 
-def test_a_chunk_leaves_the_window_with_the_next_token(emulator):
-    pool = small_pool()
-    seqs = [pool.create(), pool.create()]
-    pool.extend(seqs, [600, 590])
+@pytest.mark.parametrize("B", [1, 2, 20])  # an id, a few rows, many
+def test_a_chunk_leaves_the_window_with_the_next_token(emulator, B):
+    pool = small_pool(max_sequences=B, pages=3 * B, window_pages=10 * B, max_tokens=600 * B)
+    seqs = np.array([pool.create() for _ in range(B)])
+    pool.extend(seqs, 590)
     pool.upload()
-    assert pool.stats().window.used == 20
+    assert pool.stats().window.used == 10 * B
     pool.extend(seqs)
-    assert pool.stats().window.used == 6
+    assert pool.stats().window.used == 3 * B
     pool.check()
 
 
 def test_three_window_pages_are_enough_to_decode(emulator):
     """What a call lets go it may take again, where no step is in flight; also what two sequences let go at once."""
-    pool = small_pool(window_pages=3)
-    seq = pool.create()
+    pool = small_pool(window_pages=6)
+    seqs = np.array([pool.create(), pool.create()])
     for _ in range(400):
-        pool.extend(seq)
+        pool.extend(seqs)
         pool.upload()
     pool.check()
-    pool.free(seq)
     pool = small_pool(window_pages=4)
     parent = pool.create()
     prefill(pool, parent, 191)
