@@ -15,7 +15,7 @@ from small import small_pool
 
 import dsv4_rt
 from dsv4_rt.errors import LaunchError
-from dsv4_rt.memory import PoolError, PoolExhausted
+from dsv4_rt.memory import KVPool, PoolError, PoolExhausted
 
 SIZES = {
     "pages": 12,
@@ -42,7 +42,7 @@ def text(root, n, turn=10**9):
 
 OPERATIONS = {  # how often each is drawn
     "serve": 6, "create": 4, "extend": 8, "decode": 5, "append": 5, "truncate": 4, "draft": 5, "fork": 3, "free": 5,
-    "preempt": 2, "resume": 3, "upload": 4, "failing": 2, "step": 3, "need": 1, "reset": 1,
+    "preempt": 2, "resume": 3, "upload": 4, "failing": 2, "step": 3, "need": 1, "reset": 1, "restore": 1,
 }  # fmt: skip
 DRAWN = [kind for kind, times in OPERATIONS.items() for _ in range(times)]
 
@@ -310,6 +310,17 @@ class PoolMachine(RuleBasedStateMachine):
     def reset(self, i, j, k):
         if i % 4 == 0:
             self.both("reset", self.model.reset_prefix_cache, lambda: self.pool.reset_prefix_cache() and None)
+
+    def restore(self, i, j, k):
+        """The life goes on in a pool made from a snapshot, whose own snapshot is the same bytes."""
+        for epoch in self.epochs:
+            self.both("end_step", lambda e=epoch: self.model.end_step(e), lambda e=epoch: self.pool.end_step(e))
+        self.epochs = []
+        self.upload()
+        data = self.pool.snapshot()
+        self.pool = self.probe.pool = KVPool.restore(data, self.pool.layout)
+        assert self.pool.snapshot() == data
+        self.same()
 
     def need(self, i, j, k):
         n, cached, chunk = LENGTHS[i % len(LENGTHS)], (0, 256, 512)[j % 3], (1, 64, 600)[k % 3]
