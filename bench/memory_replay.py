@@ -108,6 +108,8 @@ def show(rows, flash_page):
 def readme_table(f, rows, flash_page):
     left_out = ("refused", "steps", "evicted", "used, mean / peak")
     mine = [cells(r, flash_page) for r in order(rows) if r["memory"] == "host only"]
+    if not mine:
+        raise SystemExit("the README's table is of replays without --device; there is none among these rows")
     columns = [name for name in mine[0] if name not in left_out]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(row[name] for name in columns) + " |" for row in mine]
@@ -126,7 +128,7 @@ def readme_table(f, rows, flash_page):
 
 def plot(path, facts, rows):
     """Pages used and cached over the engine's time, and how many requests wait; a panel a pool."""
-    rows = [r for r in order(rows) if r["memory"] == "host only"]
+    rows = [r for r in order(rows) if r["memory"] == "host only"] or order(rows)
     import matplotlib
 
     matplotlib.use("Agg")
