@@ -37,3 +37,27 @@ class KernelFault(EmulatorError):
 
 class Deadlock(EmulatorError):
     """No thread can ever run again: the message lists who waits for what."""
+
+
+class PoolError(Dsv4Error):
+    """Base of what the paged memory refuses. Whenever one is raised, the pool is as it was before the call."""
+
+
+class PoolExhausted(PoolError, RuntimeError):
+    """Not enough free and evictable pages, slots or rows now; freeing or preempting a sequence helps."""
+
+
+class UnknownSequence(PoolError, LookupError):
+    """No living sequence has this id: it never had one, or it has been freed already."""
+
+
+class TooLong(PoolError, ValueError):
+    """Longer than max_length, or than the whole pool can hold; waiting does not help."""
+
+
+class PoolMisuse(PoolError, ValueError):
+    """A call that is never right: negative counts, foreign dtypes, truncation past max_draft, two threads at once."""
+
+
+class SnapshotError(PoolError, ValueError):
+    """A snapshot that is damaged, of another version, or of another geometry."""
