@@ -93,7 +93,7 @@ class EmulatedDevice:
                         geometry.block,
                         bytes(params.buffer[: params.size]),
                         dynamic_shared=geometry.shared,
-                        cluster=geometry.cluster or kernel.info.cluster or (1, 1, 1),
+                        cluster=geometry.cluster or kernel.info.cluster,
                         cooperative=geometry.cooperative,
                     )
                 finally:

@@ -17,8 +17,19 @@ import numpy as np
 import numpy.typing as npt
 
 from dsv4_rt.emulator import collective
+from dsv4_rt.emulator.clusters import RANK_BIT, Clusters, ClusterShared, ctaid, split
 from dsv4_rt.emulator.intrinsics import EXTERNAL
-from dsv4_rt.emulator.ir import Block, Instr, Number, Operand, Reg, Sym, is_warp_sync
+from dsv4_rt.emulator.ir import (
+    Block,
+    Instr,
+    Number,
+    Operand,
+    Reg,
+    Sym,
+    is_cluster_arrive,
+    is_cluster_wait,
+    is_warp_sync,
+)
 from dsv4_rt.emulator.memory import LOCAL_FIRST, LaneFault, LaneMemory
 from dsv4_rt.emulator.races import Races, RacyGeneric, RacyShared
 from dsv4_rt.emulator.report import LaunchReport, Triple, fault, where
@@ -31,6 +42,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 Key = tuple[int, int]  # (-call depth, block)
 U32 = np.uint32
+EVERYONE = Number(0xFFFFFFFF)  # the mask of a warp
 SPINS = 16  # polls in vain before a group gives way
 PATIENCE = 2000  # times everyone may poll in vain before it is a deadlock
 _DTYPES = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64, 128: np.uint64}
@@ -43,14 +55,26 @@ class Grid:
     grid: Triple
     block: Triple
     dynamic_shared: int
+    cluster: Triple = (1, 1, 1)
+    explicit_cluster: bool = False
 
     @property
     def ctas(self) -> int:
         return self.grid[0] * self.grid[1] * self.grid[2]
 
     @property
+    def cluster_size(self) -> int:
+        """CTAs a cluster."""
+        return self.cluster[0] * self.cluster[1] * self.cluster[2]
+
+    @property
     def threads(self) -> int:
         return self.block[0] * self.block[1] * self.block[2]
+
+    @property
+    def clusters(self) -> Triple:
+        """Clusters in each dimension of the grid."""
+        return tuple(g // c for g, c in zip(self.grid, self.cluster, strict=True))  # type: ignore[return-value]
 
     @property
     def lanes(self) -> int:
@@ -106,9 +130,16 @@ class Batch:
         self.races.shared = self.shared
         self.races.watched = machine.memory if isinstance(machine.memory, WatchedMemory) else None
         self.local = LaneMemory("local", self.nlanes, program.entry.frame_size + program.local_bytes, LOCAL_FIRST)
-        self.generic = RacyGeneric(self.memory, self.shared, self.local)
+        self.generic: RacyGeneric = RacyGeneric(self.memory, self.shared, self.local)
         self.shared_base = self.shared.bases(self.cta)
         self.local_base = self.local.bases(self.all)
+        self.rank_bits = (self.cta % shape.cluster_size).astype(U32) << U32(RANK_BIT)
+        self.clusters: Clusters | None = None
+        if shape.explicit_cluster:
+            self.clusters = Clusters(self, shape.cluster_size)
+            self.shared_own = ClusterShared(self.shared, self.clusters, False)
+            self.shared_cluster = ClusterShared(self.shared, self.clusters, True)
+            self.generic = RacyGeneric(self.memory, self.shared_cluster, self.local)
         self.specials: dict[str, Array] = {}
         self.registers: dict[tuple[int, str], list[Array]] = {}
         self.frames: dict[int, Array] = {}
@@ -134,30 +165,32 @@ class Batch:
     def _special(self, name: str) -> Array:
         shape, axis = self.shape, "xyz".find(name[-1])
         base = name.split(".")[0]
-        cta = self.cta + self.first
-
-        def split(index: Array, sizes: Triple) -> Array:
-            parts = (index % sizes[0], index // sizes[0] % sizes[1], index // (sizes[0] * sizes[1]))
-            return parts[axis].astype(U32)
-
+        cta, rank, clusters = self.cta + self.first, self.cta % shape.cluster_size, shape.clusters
         lane = (self.all & 31).astype(U32)
         bit = U32(1) << lane
-        if base in ("tid", "ctaid", "clusterid"):
-            return split(self.tid, shape.block) if base == "tid" else split(cta, shape.grid)
+        threes = {
+            "tid": (self.tid, shape.block), "cluster_ctaid": (rank, shape.cluster),
+            "clusterid": (cta // shape.cluster_size, clusters),
+        }  # fmt: skip
+        if base in threes:
+            index, sizes = threes[base]
+            return split(index, sizes)[axis].astype(U32)
+        if base == "ctaid":
+            return np.asarray(ctaid(cta, shape.grid, shape.cluster)[axis].astype(U32))
         single = {
-            "ntid": shape.block, "nctaid": shape.grid, "nclusterid": shape.grid, "cluster_nctaid": (1, 1, 1),
-            "cluster_ctaid": (0, 0, 0),
+            "ntid": shape.block, "nctaid": shape.grid, "nclusterid": clusters, "cluster_nctaid": shape.cluster
         }  # fmt: skip
         if base in single:
             return np.array([single[base][axis]], U32)
         scalar = {
-            "nwarpid": shape.lanes // 32, "nsmid": 1, "gridid": 1, "cluster_ctarank": 0, "cluster_nctarank": 1,
-            "is_explicit_cluster": 0, "dynamic_smem_size": shape.dynamic_shared, "aggr_smem_size": self.shared.size,
-            "total_smem_size": self.shared.size,
+            "nwarpid": shape.lanes // 32, "nsmid": 1, "gridid": 1, "cluster_nctarank": shape.cluster_size,
+            "is_explicit_cluster": shape.explicit_cluster, "dynamic_smem_size": shape.dynamic_shared,
+            "aggr_smem_size": self.shared.size, "total_smem_size": self.shared.size,
         }  # fmt: skip
         if base in scalar:
             return np.array([scalar[base]], np.uint64 if base == "gridid" else U32)
         per_lane = {
+            "cluster_ctarank": rank.astype(U32),
             "laneid": lane, "warpid": (self.tid >> 5).astype(U32), "smid": np.zeros(self.nlanes, U32),
             "lanemask_eq": bit, "lanemask_lt": bit - U32(1), "lanemask_le": bit | (bit - U32(1)),
             "lanemask_gt": ~(bit | (bit - U32(1))), "lanemask_ge": ~(bit - U32(1)),
@@ -221,6 +254,9 @@ class Batch:
             self._merge(self.parked, key, group)
             self._release_warps(key)
             return
+        if is_cluster_wait(block.sync):
+            self._wait_at_cluster(key, block.sync, group)
+            return
         ids, counts = self._barrier_operands(key, block.sync, group.lanes)
         self.at_barrier[group.lanes] = ids
         self.wants[group.lanes] = counts
@@ -252,7 +288,7 @@ class Batch:
         sync = self.program.blocks[key[1]].sync
         assert sync is not None
         lanes = group.lanes
-        if sync.op in ("bar", "barrier"):
+        if self._is_warp_barrier(key):
             keys = [k for k in self.parked if self._is_warp_barrier(k)]
             everyone = np.sort(np.concatenate([self.parked[k].lanes for k in keys]))
             for each in keys:
@@ -266,12 +302,42 @@ class Batch:
                 living = collective.warp_bits(self.nlanes, np.nonzero(self.alive)[0])[at >> 5]
                 self._let_go(each, mask & living & ~present == 0)
             return
-        mask = self._operand(key, sync.args[-1], lanes)
+        mask = self._operand(key, EVERYONE if is_cluster_arrive(sync) else sync.args[-1], lanes)
         self._let_go(key, collective.complete(self.nlanes, lanes, mask, self.alive))
+
+    def _wait_at_cluster(self, key: Key, sync: Instr, group: Group) -> None:
+        """barrier.cluster.wait: park until every thread of the cluster that has not exited has arrived."""
+        if self.clusters is None:
+            self.clusters = Clusters(self, 1)
+        bad = self.clusters.check_arrived(group.lanes)
+        if len(bad):
+            raise self.fault("barrier.cluster.wait without a barrier.cluster.arrive before it", sync, group.lanes[bad])
+        self._merge(self.parked, key, group)
+        self._release_clusters()
+
+    def _release_clusters(self) -> None:
+        if self.clusters is None:
+            return
+        self.clusters.complete()
+        for key in list(self.parked):
+            sync = self.program.blocks[key[1]].sync
+            if is_cluster_wait(sync):
+                lanes = self.parked[key].lanes
+                free = self.clusters.may_pass(lanes)
+                if sync is not None and "aligned" in sync.mods and free.any():
+                    free &= collective.complete(self.nlanes, lanes, np.full(len(lanes), 0xFFFFFFFF, U32), self.alive)
+                self.clusters.passed(lanes[free])
+                self._let_go(key, free)
+
+    def cluster_arrive(self, lanes: Array) -> None:
+        """barrier.cluster.arrive: counted, not waited for."""
+        if self.clusters is None:
+            self.clusters = Clusters(self, 1)
+        self.clusters.arrive(lanes)
 
     def _is_warp_barrier(self, key: Key) -> bool:
         sync = self.program.blocks[key[1]].sync
-        return sync is not None and sync.op in ("bar", "barrier") and is_warp_sync(sync)
+        return sync is not None and sync.op in ("bar", "barrier") and "warp" in sync.mods
 
     def _mask_of(self, key: Key) -> Operand:
         sync = self.program.blocks[key[1]].sync
@@ -414,6 +480,7 @@ class Batch:
             if key in self.parked and is_warp_sync(self.program.blocks[key[1]].sync or Instr("", (), [])):
                 self._release_warps(key)
         self._release_barriers()
+        self._release_clusters()
 
     def _step(self, key: Key) -> None:
         group = self.ready.pop(key)
@@ -476,6 +543,10 @@ class Batch:
                 self._return(key, int(to), group.lanes[back == to])
         elif block.kind in ("ret", "exit"):
             self.alive[group.lanes] = False
+            if self.clusters is not None:
+                wrong = self.clusters.exited(group.lanes)
+                if wrong is not None:
+                    raise self.fault(wrong[0], block.end, group.lanes[self.cta[group.lanes] == wrong[1]])
             self.check_parked = bool(self.parked)
             if self.parked:
                 self._recheck()
@@ -571,10 +642,7 @@ class Batch:
     def thread(self, lane: int) -> tuple[Triple, Triple]:
         """(CTA, thread) of a lane."""
 
-        def split(index: int, sizes: Triple) -> Triple:
-            return index % sizes[0], index // sizes[0] % sizes[1], index // (sizes[0] * sizes[1])
-
-        cta = split(int(self.cta[lane]) + self.first, self.shape.grid)
+        cta = ctaid(int(self.cta[lane]) + self.first, self.shape.grid, self.shape.cluster)
         return cta, split(int(self.tid[lane]), self.shape.block)
 
     def fault(self, what: str, ins: Instr | None, lanes: Array) -> KernelFault:
@@ -614,8 +682,11 @@ class Batch:
         if sync is None or key not in self.parked:
             return []
         lane = int(group.lanes[0])
+        if is_cluster_wait(sync) and self.clusters is not None:
+            return [self.clusters.waiting_for(lane)]
         if is_warp_sync(sync):
-            mask = int(self._operand(key, sync.args[-1], group.lanes[:1])[0])
+            operand = EVERYONE if is_cluster_arrive(sync) else sync.args[-1]
+            mask = int(self._operand(key, operand, group.lanes[:1])[0])
             here = int(collective.warp_bits(self.nlanes, group.lanes)[lane >> 5])
             living = int(collective.warp_bits(self.nlanes, np.nonzero(self.alive)[0])[lane >> 5])
             return [f"    its mask {mask:#010x} names lanes that are elsewhere: {mask & living & ~here:#010x}"]

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_rt.emulator import alu, atomics, collective
+from dsv4_rt.emulator import alu, atomics, clusters, collective
 from dsv4_rt.emulator.ir import (
     TYPES,
     Address,
@@ -284,7 +284,11 @@ class Emitter:
                 frame = f"F[{self.lanes}]" if self.guarded or not self.full else "F"
                 self.cached[key] = self.temp(f"{frame}.astype(U{bits})")
             return self.temp(f"{self.cached[key]} + U{bits}({var.offset + operand.offset})")
-        return self.number(self.layout.addresses[id(var)] + operand.offset, bits)
+        name = self.number(self.layout.addresses[id(var)] + operand.offset, bits)
+        if var.space == "shared" and self.namespace.get("clustered"):
+            lanes = f"[{self.lanes}]" if self.guarded or not self.full else ""
+            return self.temp(f"B.rank_bits{lanes}.astype(U{bits}) + {name}")
+        return name
 
     # Writing.
 
@@ -435,8 +439,8 @@ NEEDS_LANES = frozenset("ld ldu ldg st atom red bar barrier".split())
 SPECIAL_BITS = {"clock64": 64, "globaltimer": 64, "gridid": 64}
 UNIFORM = frozenset(
     """ntid.x ntid.y ntid.z nctaid.x nctaid.y nctaid.z nwarpid nsmid gridid clock clock_hi clock64 globaltimer
-    globaltimer_lo globaltimer_hi nclusterid.x nclusterid.y nclusterid.z cluster_ctaid.x cluster_ctaid.y cluster_ctaid.z
-    cluster_nctaid.x cluster_nctaid.y cluster_nctaid.z cluster_ctarank cluster_nctarank is_explicit_cluster
+    globaltimer_lo globaltimer_hi nclusterid.x nclusterid.y nclusterid.z
+    cluster_nctaid.x cluster_nctaid.y cluster_nctaid.z cluster_nctarank is_explicit_cluster
     dynamic_smem_size total_smem_size aggr_smem_size""".split()
 )
 
@@ -455,7 +459,7 @@ def chain(blocks: list[Block], block: Block, first: int) -> list[Block]:
 def new_namespace() -> dict[str, Any]:
     """What generated code sees."""
     names: dict[str, Any] = {"np": np, "where": np.where, "resize": alu.resize, "alu": alu}
-    names |= {"collective": collective, "atomics": atomics, "U1": np.bool_}
+    names |= {"collective": collective, "atomics": atomics, "clusters": clusters, "U1": np.bool_}
     names |= {f"U{8 << k}": dtype for k, dtype in enumerate(UNSIGNED)}
     names |= {f"I{8 << k}": dtype for k, dtype in enumerate((np.int8, np.int16, np.int32, np.int64))}
     return names

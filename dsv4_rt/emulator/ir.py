@@ -223,12 +223,22 @@ ENDS = frozenset({"bra", "ret", "exit", "trap", "brkpt", "call", "brx"})
 
 def is_warp_sync(ins: Instr) -> bool:
     """Whether the named lanes of a warp meet at this instruction."""
-    return ins.op in WARP_SYNC or (ins.op in ("bar", "barrier") and "warp" in ins.mods)
+    return ins.op in WARP_SYNC or (ins.op in ("bar", "barrier") and "warp" in ins.mods) or is_cluster_arrive(ins)
+
+
+def is_cluster_arrive(ins: Instr) -> bool:
+    """Whether a whole warp arrives at the cluster barrier together."""
+    return ins.op == "barrier" and {"cluster", "arrive", "aligned"} <= set(ins.mods)
+
+
+def is_cluster_wait(ins: Instr | None) -> bool:
+    """Whether threads wait at the cluster barrier here."""
+    return ins is not None and ins.op == "barrier" and "cluster" in ins.mods and "wait" in ins.mods
 
 
 def is_sync(ins: Instr) -> bool:
     """Whether threads meet at this instruction; a block starts there."""
-    return ins.op in WARP_SYNC or (ins.op in ("bar", "barrier") and "arrive" not in ins.mods)
+    return is_warp_sync(ins) or (ins.op in ("bar", "barrier") and "arrive" not in ins.mods)
 
 
 @dataclass(slots=True, eq=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dsv4_rt.emulator.codegen import Emitter, Mods, handles, split_pair, var_of
 from dsv4_rt.emulator.ir import TYPES, Address, Instr, Number, Operand, Reg, Sink, Sym, Vector
 from dsv4_rt.emulator.isa_arith import result
+from dsv4_rt.emulator.isa_cluster import cluster_barrier, rank_bits
 from dsv4_rt.emulator.races import kind_of
 from dsv4_rt.errors import EmulatorError
 
@@ -14,12 +15,17 @@ _CACHE = (
     "L2::128B", "L2::256B", "unified",
 )  # fmt: skip
 _ORDER = ("weak", "volatile", "relaxed", "acquire", "release", "acq_rel", "sc", "mmio", "cta", "cluster", "gpu", "sys")
-_SPACES = ("global", "shared", "shared::cta", "local", "const", "param", "param::entry", "param::func")
+_SPACES = (
+    "global", "shared", "shared::cta", "shared::cluster", "local", "const", "param", "param::entry", "param::func"
+)  # fmt: skip
 
 
 def _space(m: Mods) -> str:
-    """global, shared, local, param or generic; const lives in global memory."""
-    space = m.choose(*_SPACES, default="generic").split("::")[0]
+    """global, shared, shared::cluster, local, param or generic; const lives in global memory."""
+    space = m.choose(*_SPACES, default="generic")
+    if space == "shared::cluster":
+        return space
+    space = space.split("::")[0]
     return "global" if space == "const" else space
 
 
@@ -28,8 +34,11 @@ def _target(e: Emitter, space: str) -> tuple[str, str]:
     lanes = f"[{e.lanes}]" if e.guarded or not e.full else ""
     if space == "global":
         return "B.memory", "None"
-    if space == "shared":
-        return "B.shared", _base(e, f"B.shared_base{lanes}")
+    if space in ("shared", "shared::cluster"):
+        name = "B.shared"
+        if e.namespace.get("clustered"):
+            name = "B.shared_own" if space == "shared" else "B.shared_cluster"
+        return name, _base(e, f"B.shared_base{lanes}")
     if space == "local":
         return "B.local", _base(e, f"B.local_base{lanes}")
     return "B.generic", f"({_base(e, f'B.shared_base{lanes}')}, {_base(e, f'B.local_base{lanes}')})"
@@ -37,7 +46,9 @@ def _target(e: Emitter, space: str) -> tuple[str, str]:
 
 def _touch(e: Emitter, ins: Instr, space: str) -> None:
     """Say who makes the access that follows, where races are watched."""
-    watched = ("shared", "generic", "global") if e.namespace.get("watch_global") else ("shared", "generic")
+    watched: tuple[str, ...] = ("shared", "shared::cluster", "generic")
+    if e.namespace.get("watch_global"):
+        watched = (*watched, "global")
     if space in watched or kind_of(ins):
         e.emit(f"B.races.touch({e.lanes}, {ins.line}, {kind_of(ins)})")
 
@@ -216,10 +227,14 @@ def _cvta(e: Emitter, ins: Instr, m: Mods) -> None:
 
 @handles("isspacep")
 def _isspacep(e: Emitter, ins: Instr, m: Mods) -> None:
-    space = m.choose(*_SPACES).split("::")[0]
+    full = m.choose(*_SPACES)
+    space = full.split("::")[0]
     window = {"shared": 1, "local": 2}.get(space, 0)
     if space in ("const", "param"):
         raise m.refuse()
+    if space == "shared" and full != "shared::cluster" and e.namespace.get("clustered"):
+        result(e, ins.args[0], "pred", "clusters.is_own({}, {})", e.use(ins.args[1], "u64"), rank_bits(e))
+        return
     result(e, ins.args[0], "pred", f"({{}} >> U64(48)) == U64({window})", e.use(ins.args[1], "u64"))
 
 
@@ -304,6 +319,9 @@ def _activemask(e: Emitter, ins: Instr, m: Mods) -> None:
 
 @handles("bar", "barrier")
 def _barrier(e: Emitter, ins: Instr, m: Mods) -> None:
+    if "cluster" in ins.mods:
+        cluster_barrier(e, ins, m)
+        return
     m.flag("cta", "aligned")
     if m.flag("warp"):
         m.flag("sync")

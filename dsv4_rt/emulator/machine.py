@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_rt.emulator import isa_arith, isa_memory  # noqa: F401  they register the instructions
+from dsv4_rt.emulator import isa_arith, isa_cluster, isa_memory  # noqa: F401  they register the instructions
 from dsv4_rt.emulator.batch import PATIENCE, Batch, Grid
+from dsv4_rt.emulator.clusters import MAX_CLUSTER
 from dsv4_rt.emulator.codegen import Code, Layout, chain, compile_block, new_namespace, translate_block
 from dsv4_rt.emulator.intrinsics import EXTERNAL
 from dsv4_rt.emulator.ir import (
@@ -54,6 +55,7 @@ class Entry:
     param_bytes: int
     max_threads: int | None = None
     required_threads: tuple[int, int, int] | None = None
+    cluster: tuple[int, int, int] | None = None
 
 
 @dataclass
@@ -94,7 +96,7 @@ class Module:
         }
         self.addresses: dict[int, int] = {}
         self.globals: dict[str, tuple[int, int]] = {}  # name -> (address, bytes)
-        self.programs: dict[str, Program] = {}
+        self.programs: dict[tuple[str, bool], Program] = {}
         for var in ptx.variables.values():
             self._place(var)
         for var in ptx.variables.values():
@@ -123,11 +125,14 @@ class Module:
                 bits = value.value
             view[offset : offset + size] = list((bits & (1 << 8 * size) - 1).to_bytes(size, "little"))
 
-    def program(self, name: str) -> Program:
-        """Everything an entry needs, checked: raises UnsupportedInstruction before anything runs."""
-        if name not in self.programs:
-            self.programs[name] = _build(self, name)
-        return self.programs[name]
+    def program(self, name: str, clustered: bool = False) -> Program:
+        """Everything an entry needs, checked: raises UnsupportedInstruction before anything runs.
+
+        clustered: for launches with clusters, in which shared addresses carry the rank of a CTA.
+        """
+        if (name, clustered) not in self.programs:
+            self.programs[name, clustered] = _build(self, name, clustered)
+        return self.programs[name, clustered]
 
     def unload(self) -> None:
         """Free the module's variables."""
@@ -147,10 +152,12 @@ def _entry(function: Function) -> Entry:
     limit = function.directives.get("maxntid")
     threads = int(np.prod(limit)) if limit else None
     padded = (*required, 1, 1)[:3] if required else None
-    return Entry(function.name, tuple(params), offset, threads, padded)  # type: ignore[arg-type]
+    dims = function.directives.get("reqnctapercluster")
+    cluster = (*dims, 1, 1)[:3] if dims else None
+    return Entry(function.name, tuple(params), offset, threads, padded, cluster)  # type: ignore[arg-type]
 
 
-def _build(module: Module, name: str) -> Program:
+def _build(module: Module, name: str, clustered: bool) -> Program:
     ptx = module.ptx
     if name not in module.entries:
         raise EmulatorError(f"{module.name}: no entry {name}; it has {', '.join(sorted(module.entries)) or 'none'}")
@@ -174,6 +181,7 @@ def _build(module: Module, name: str) -> Program:
         ptx, ptx.functions[name], blocks, first, layouts, registers, shared[1], STACK if calls else 0
     )
     program.namespace["watch_global"] = isinstance(module.memory, WatchedMemory)
+    program.namespace["clustered"] = clustered
     _verify(program, module.roots)
     return program
 
@@ -320,7 +328,7 @@ class Machine:
         params: bytes,
         *,
         dynamic_shared: int = 0,
-        cluster: Sequence[int] = (1, 1, 1),
+        cluster: Sequence[int] | int | None = None,
         cooperative: bool = False,
     ) -> LaunchReport:
         """Run a kernel to its end.
@@ -330,7 +338,7 @@ class Machine:
             grid, block: CTAs and threads, up to three sizes.
             params: the parameter buffer as the cubin lays it out; pointers are real addresses.
             dynamic_shared: bytes of dynamic shared memory a CTA.
-            cluster: only (1, 1, 1).
+            cluster: CTAs a cluster, up to three sizes; None for what .reqnctapercluster says, or no clusters.
             cooperative: run all CTAs at once.
 
         Raises:
@@ -338,11 +346,12 @@ class Machine:
             UnsupportedInstruction: the kernel uses what the emulator does not implement; nothing has run.
             KernelFault, Deadlock: the kernel is wrong; memory keeps what it wrote so far.
         """
-        program = module.program(entry)
+        wanted = module.entries[entry].cluster if cluster is None and entry in module.entries else cluster
+        program = module.program(entry, wanted is not None)
         if self._trace is not None:  # before the first block is compiled
             program.namespace["trace"] = hook(self._trace)
-        shape = Grid(_three(grid), _three(block), dynamic_shared)
-        self._check(module.entries[entry], shape, params, tuple(cluster))
+        shape = Grid(_three(grid), _three(block), dynamic_shared, _three(wanted or 1), wanted is not None)
+        self._check(module.entries[entry], shape, params)
         report = LaunchReport(entry, shape.ctas, shape.ctas * shape.threads)
         self.clock = LaunchClock(shape.ctas)
         size = module.entries[entry].param_bytes
@@ -358,11 +367,15 @@ class Machine:
             self.memory.free(address)
         return report
 
-    def _check(self, entry: Entry, shape: Grid, params: bytes, cluster: tuple[int, ...]) -> None:
+    def _check(self, entry: Entry, shape: Grid, params: bytes) -> None:
         if len(params) < entry.param_bytes:
             raise LaunchError(f"{entry.name}: {len(params)} bytes of parameters; the kernel takes {entry.param_bytes}")
-        if cluster != (1, 1, 1):
-            raise UnsupportedInstruction(f"{entry.name}: clusters are not implemented by the emulator: {cluster}")
+        if min(shape.cluster) < 1 or shape.cluster_size > MAX_CLUSTER:
+            raise LaunchError(f"{entry.name}: a cluster has 1 to {MAX_CLUSTER} CTAs, not {shape.cluster}")
+        if entry.cluster is not None and shape.cluster != entry.cluster:
+            raise LaunchError(f"{entry.name}: cluster {shape.cluster}; the kernel requires {entry.cluster}")
+        if any(g % c for g, c in zip(shape.grid, shape.cluster, strict=True)):
+            raise LaunchError(f"{entry.name}: clusters of {shape.cluster} do not divide the grid {shape.grid}")
         if min(*shape.grid, *shape.block) < 1 or shape.threads > 1024:
             raise LaunchError(f"{entry.name}: grid {shape.grid} and block {shape.block} cannot be launched")
         if entry.max_threads is not None and shape.threads > entry.max_threads:
@@ -373,7 +386,8 @@ class Machine:
     def _run(
         self, program: Program, shape: Grid, params: bytes, address: int, report: LaunchReport, cooperative: bool
     ) -> None:
-        per_batch = shape.ctas if cooperative else max(1, LANES_PER_BATCH // shape.lanes)
+        size = shape.cluster_size
+        per_batch = shape.ctas if cooperative else max(1, LANES_PER_BATCH // (shape.lanes * size)) * size
         starts = list(range(0, shape.ctas, per_batch))
         if self.order == "reverse":
             starts.reverse()

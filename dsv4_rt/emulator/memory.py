@@ -440,7 +440,7 @@ def _beside(offset: int, size: int, first: int, end: int) -> str:
 class Generic:
     """Generic addresses: each lane's window decides its space. `base` is the pair of shared and local bases."""
 
-    def __init__(self, memory: Memory, shared: LaneMemory, local: LaneMemory) -> None:
+    def __init__(self, memory: Memory, shared: Any, local: LaneMemory) -> None:
         self.spaces: tuple[Any, ...] = (memory, shared, local)
 
     @staticmethod

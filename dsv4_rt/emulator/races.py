@@ -186,6 +186,13 @@ class Races:
                 self.fences[rows] = self.fences[rows].max(axis=0)
         self.limit = (int(self.whole[living > 0].min()) + 1) << _SHIFT
 
+    def cluster_barrier(self, lanes: Array) -> None:
+        """Lanes of whole clusters have met: what any of them did before lies before what any of them does after."""
+        tick, batch = self.clock.tick(), self.batch
+        self.whole[np.unique(batch.cta[lanes])] = tick
+        living = np.bincount(batch.cta[batch.alive], minlength=batch.count)
+        self.limit = (int(self.whole[living > 0].min()) + 1) << _SHIFT
+
     def arrive(self, lanes: Array, ids: Array) -> None:
         """bar.arrive: others will know what these lanes did; they learn nothing."""
         tick = self.clock.tick()
@@ -217,6 +224,8 @@ class Races:
             suspect &= (records & _STRONG) == 0
         lanes_per_cta = self.batch.shape.lanes
         near = other // lanes_per_cta == cta
+        if base == 0 and self.batch.clusters is not None:  # shared memory: CTAs of a cluster
+            suspect &= ticks > self.whole[cta]
         suspect &= ~near | (ticks > self.whole[cta])
         at: Array = np.nonzero(suspect)[0]
         if not len(at):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from dsv4_rt.emulator.clusters import ctaid
 from dsv4_rt.emulator.ir import TYPES, Address, Instr, Loc, Reg, results, sources
 from dsv4_rt.errors import EmulatorError
 
@@ -96,7 +97,9 @@ class Selection:
 
         chosen: Array = np.ones(batch.nlanes, np.bool_)
         if self.cta is not None:
-            chosen &= batch.cta + batch.first == at(self.cta, batch.shape.grid)
+            shape = batch.shape
+            x, y, z = ctaid(batch.cta + batch.first, shape.grid, shape.cluster)
+            chosen &= x + shape.grid[0] * (y + shape.grid[1] * z) == at(self.cta, shape.grid)
         if self.thread is not None:
             chosen &= batch.tid == at(self.thread, batch.shape.block)
         if self.warp is not None:

@@ -55,7 +55,10 @@ def pack(params: tuple[tuple[int, int], ...], args: tuple[object, ...]) -> bytes
     return bytes(buffer)
 
 
-def run_ptx(ptx, entry, grid, block, *args, order="min-pc", seed=0, shared=0, arch="sm_100a", machine=None, roots=()):
+def run_ptx(
+    ptx, entry, grid, block, *args, order="min-pc", seed=0, shared=0, arch="sm_100a", machine=None, roots=(),
+    cluster=None,
+):  # fmt: skip
     """Launch an entry (found by part of its name) with arrays registered in place; returns the report."""
     machine = machine or Machine(arch, order=order, seed=seed, source_roots=roots)
     module = machine.load(ptx, "test")
@@ -66,7 +69,8 @@ def run_ptx(ptx, entry, grid, block, *args, order="min-pc", seed=0, shared=0, ar
         if isinstance(a, np.ndarray)
     ]
     try:
-        return machine.launch(module, name, grid, block, pack(module.entries[name].params, args), dynamic_shared=shared)
+        params = pack(module.entries[name].params, args)
+        return machine.launch(module, name, grid, block, params, dynamic_shared=shared, cluster=cluster)
     finally:
         for token in tokens:
             machine.memory.unregister(token)
