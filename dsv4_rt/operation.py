@@ -25,7 +25,7 @@ from dsv4_rt.launch import Prepared
 MAX_PLANS = 8192
 
 
-FAMILIES = ("router",)  # packages of dsv4_rt whose `ops` module has launchers and a table INSTANCES
+OPS = ("router.ops", "router.dense", "router.hash_gate")  # modules of dsv4_rt that have launchers and a table INSTANCES
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Instance:
 
 def instances() -> tuple[Instance, ...]:
     """Every instance of every family's tuning tables."""
-    return tuple(i for family in FAMILIES for i in importlib.import_module(f"dsv4_rt.{family}.ops").INSTANCES)
+    return tuple(i for module in OPS for i in importlib.import_module(f"dsv4_rt.{module}").INSTANCES)
 
 
 @dataclass(frozen=True)
