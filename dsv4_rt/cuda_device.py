@@ -40,6 +40,11 @@ USUAL_CAUSES = {
     "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED": "a call that may not be captured; launch once before the capture begins",
     "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED": "an earlier illegal call spoilt the capture of this stream",
 }
+# Element types of tensor maps, by their names in PTX.
+TENSOR_MAP_TYPES = {
+    "u8": "UINT8", "u16": "UINT16", "u32": "UINT32", "s32": "INT32", "u64": "UINT64", "s64": "INT64", "f16": "FLOAT16",
+    "f32": "FLOAT32", "f64": "FLOAT64", "bf16": "BFLOAT16", "tf32": "TFLOAT32", "u4x16": "16U4_ALIGN8B",
+}  # fmt: skip
 # Errors after which every call in this process fails: the context is gone.
 CONTEXT_KILLERS = frozenset({214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721})
 
@@ -249,6 +254,32 @@ class CudaDevice:
         config.attrs = attributes
         config.numAttrs = len(attributes)
         return config
+
+    def encode_tensor_map(self, fields: dict[str, Any]) -> bytes:
+        cu = self._cu
+
+        def code(kind: str, name: str) -> Any:
+            return getattr(getattr(cu, f"CUtensorMap{kind}"), f"CU_TENSOR_MAP_{name}")
+
+        sizes = [[cu.cuuint64_t(n) for n in fields[name]] for name in ("shape", "strides")]
+        sizes += [[cu.cuuint32_t(n) for n in fields[name]] for name in ("box", "element_strides")]
+        fill = "NONE" if fields["oob_fill"] == "zero" else "NAN_REQUEST_ZERO_FMA"
+        promotion = fields["l2_promotion"]
+        with self._current():
+            found = self._call(
+                cu.cuTensorMapEncodeTiled(
+                    code("DataType", f"DATA_TYPE_{TENSOR_MAP_TYPES[fields['dtype']]}"),
+                    len(fields["shape"]),
+                    fields["address"],
+                    *sizes,
+                    code("Interleave", "INTERLEAVE_NONE"),
+                    code("Swizzle", f"SWIZZLE_{fields['swizzle'].upper()}"),
+                    code("L2promotion", f"L2_PROMOTION_{'NONE' if promotion == 'none' else 'L2_' + promotion}"),
+                    code("FloatOOBfill", f"FLOAT_OOB_FILL_{fill}"),
+                ),
+                f"encoding a tensor map: {fields}",
+            )
+        return b"".join(int(word).to_bytes(8, "little") for word in found.opaque)
 
     @contextlib.contextmanager
     def _cupy(self, what: str) -> Iterator[Any]:

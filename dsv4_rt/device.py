@@ -71,6 +71,7 @@ class Parameters:
         self._slots = np.array([base + p.offset for p in info.params] or [0], np.uint64)
         self.slots_address = int(self._slots.ctypes.data)
         self.regions: dict[int, Region] = {}  # parameter index -> memory behind it; read by the emulator only
+        self.mapped: list[Region] = []  # memory behind tensor maps, likewise
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,9 @@ class Device(Protocol):
     def load(self, artifact: Artifact, name: str) -> LoadedKernel: ...
     def bind(self, kernel: LoadedKernel, geometry: Geometry, params: Parameters) -> Callable[[int], None]:
         """A function of the stream that launches `kernel` with what `params` holds at that moment."""
+
+    def encode_tensor_map(self, fields: dict[str, Any]) -> bytes:
+        """The 128 bytes of a tensor map; `fields` as `TensorMap.fields` gives them."""
 
     def empty(self, shape: int | Sequence[int], dtype: Any) -> Any: ...
     def array(self, host: Any) -> Any: ...

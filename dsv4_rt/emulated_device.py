@@ -13,7 +13,7 @@ import numpy as np
 
 from dsv4_rt.compile import ARCHITECTURES, Artifact, kernels_dir
 from dsv4_rt.device import Geometry, LoadedKernel, Parameters
-from dsv4_rt.emulator import LaunchReport, Machine
+from dsv4_rt.emulator import COMPLETIONS, LaunchReport, Machine, tensormap
 from dsv4_rt.errors import DeviceError
 
 CHECKS = {"global-writes": "check_global_writes", "uninitialised": "check_uninitialised"}  # name -> field
@@ -32,6 +32,7 @@ class EmulatedDevice:
     """The emulator behind the same verbs. `last_report` counts the instructions of the latest launch.
 
     check_global_writes, check_uninitialised: the checks that a Machine has on request.
+    completion: when asynchronous operations run, as a Machine takes it: "early", "late" or "random" (seeded).
     """
 
     arch: str = "sm_100a"
@@ -39,6 +40,7 @@ class EmulatedDevice:
     seed: int = 0
     check_global_writes: bool = False
     check_uninitialised: bool = False
+    completion: str = "early"
     kind: str = field(default="emulator", init=False)
     index: int = field(default=0, init=False)
     max_shared: int = field(default=227 * 1024, init=False)
@@ -57,6 +59,7 @@ class EmulatedDevice:
             source_roots=_source_roots(),
             check_global_writes=self.check_global_writes,
             check_uninitialised=self.check_uninitialised,
+            completion=self.completion,
         )
         self._modules: dict[str, Any] = {}
         self._lock = threading.RLock()
@@ -79,19 +82,32 @@ class EmulatedDevice:
 
     def bind(self, kernel: LoadedKernel, geometry: Geometry, params: Parameters) -> Callable[[int], None]:
         memory = self.machine.memory
+        entry = kernel.handle.entries[kernel.info.lowered]
+        # The PTX has the parameters where C puts them, the cubin may not: see cubin.Param.
+        moves = [
+            (offset, param.offset, size) for (offset, size), param in zip(entry.params, kernel.info.params, strict=True)
+        ]
+
+        def placed() -> bytes:
+            if all(to == at for to, at, _ in moves):
+                return bytes(params.buffer[: params.size])
+            found = bytearray(entry.param_bytes)
+            for to, at, size in moves:
+                found[to : to + size] = params.buffer[at : at + size]
+            return bytes(found)
 
         def launch(stream: int) -> None:
             with self._lock:
                 tokens = []
                 try:
-                    for r in params.regions.values():
+                    for r in (*params.regions.values(), *params.mapped):
                         tokens.append(memory.register(r.address, r.nbytes, label=r.label, writable=r.writable))
                     self.last_report = self.machine.launch(
                         kernel.handle,
                         kernel.info.lowered,
                         geometry.grid,
                         geometry.block,
-                        bytes(params.buffer[: params.size]),
+                        placed(),
                         dynamic_shared=geometry.shared,
                         cluster=geometry.cluster or kernel.info.cluster,
                         cooperative=geometry.cooperative,
@@ -101,6 +117,9 @@ class EmulatedDevice:
                         memory.unregister(token)
 
         return launch
+
+    def encode_tensor_map(self, fields: dict[str, Any]) -> bytes:
+        return tensormap.encode(fields)
 
     def empty(self, shape: int | Sequence[int], dtype: Any) -> Any:
         """An uninitialised NumPy array in the arena: poisoned, between red zones, freed with its last view."""
@@ -133,12 +152,17 @@ class EmulatedDevice:
 
 
 def checks_from_environment() -> dict[str, Any]:
-    """The checks DSV4_RT_EMULATOR_CHECKS asks for, as fields of an EmulatedDevice: "global-writes,uninitialised"."""
+    """Fields of an EmulatedDevice: the checks that DSV4_RT_EMULATOR_CHECKS asks for, "global-writes,uninitialised", and
+    the completion schedule that DSV4_RT_EMULATOR_COMPLETION names."""
     names = [name.strip() for name in os.environ.get("DSV4_RT_EMULATOR_CHECKS", "").split(",") if name.strip()]
     for name in names:
         if name not in CHECKS:
             raise DeviceError(f"DSV4_RT_EMULATOR_CHECKS: {name!r} is none of {', '.join(CHECKS)}")
-    return {CHECKS[name]: True for name in names}
+    completion = os.environ.get("DSV4_RT_EMULATOR_COMPLETION", "") or "early"
+    if completion not in COMPLETIONS:
+        raise DeviceError(f"DSV4_RT_EMULATOR_COMPLETION: {completion!r} is none of {', '.join(COMPLETIONS)}")
+    chosen = {} if completion == "early" else {"completion": completion}
+    return chosen | {CHECKS[name]: True for name in names}
 
 
 def _source_roots() -> tuple[str, ...]:

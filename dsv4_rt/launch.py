@@ -26,6 +26,7 @@ from dsv4_rt.arrays import View, framework, stream_handle, view
 from dsv4_rt.compile import compile
 from dsv4_rt.device import Device, Geometry, LoadedKernel, Parameters, Region, device
 from dsv4_rt.errors import ArgumentError, LaunchError
+from dsv4_rt.tensor_map import TensorMap
 
 
 class _Pointer:
@@ -34,7 +35,7 @@ class _Pointer:
 
 
 POINTER: Final = _Pointer()  # an argument of `prepare`: an address that `Prepared.launch` writes
-_BY_VALUE = (np.generic, bytes, bytearray, int, float)  # int and float are refused by `prepare`: their width is unknown
+_BY_VALUE = (np.generic, bytes, bytearray, TensorMap, int, float)  # `prepare` refuses int and float: of unknown width
 MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_CLUSTER = 16  # blocks; more than 8 is not portable but what H200 and B200 can do
 
@@ -84,7 +85,8 @@ class Kernel:
 
         Args:
             grid, block: blocks and threads a block, 1 to 3 numbers each.
-            args: arrays of any framework, NumPy scalars (np.int32(n): the width counts), `bytes` for structs by value.
+            args: arrays of any framework, NumPy scalars (np.int32(n): the width counts), `bytes` for structs by value,
+                a TensorMap for a `const __grid_constant__` struct of 128 bytes aligned to 64.
             shared: dynamic shared memory, bytes.
             cluster: blocks a cluster; must divide the grid.
             cooperative: all blocks resident at once, grid-wide synchronisation allowed.
@@ -170,6 +172,7 @@ class Prepared:
         self._params = params = Parameters(info)
         self._lock = threading.Lock()
         self._pointer_params = []
+        self._maps: list[TensorMap] = []  # which keep their arrays alive
         for i, (arg, param) in enumerate(zip(args, info.params, strict=True)):
             if arg is POINTER:
                 data = bytes(8)
@@ -178,6 +181,10 @@ class Prepared:
                 data = arg.tobytes()
             elif isinstance(arg, bytes | bytearray):
                 data = bytes(arg)
+            elif isinstance(arg, TensorMap):
+                data = arg.encode(kernel.device)
+                params.mapped.append(arg.region)
+                self._maps.append(arg)
             else:
                 raise ArgumentError(
                     f"{kernel.name}: argument {i} is a {type(arg).__name__}; its width is ambiguous, "

@@ -17,19 +17,23 @@ import numpy as np
 import numpy.typing as npt
 
 from dsv4_rt.emulator import collective
+from dsv4_rt.emulator.async_ import Engine
 from dsv4_rt.emulator.clusters import RANK_BIT, Clusters, ClusterShared, ctaid, split
 from dsv4_rt.emulator.intrinsics import EXTERNAL
 from dsv4_rt.emulator.ir import (
+    Address,
     Block,
     Instr,
     Number,
     Operand,
     Reg,
     Sym,
-    is_cluster_arrive,
     is_cluster_wait,
+    is_wait,
     is_warp_sync,
+    sync_mask,
 )
+from dsv4_rt.emulator.mbarrier import Mbarriers
 from dsv4_rt.emulator.memory import LOCAL_FIRST, LaneFault, LaneMemory
 from dsv4_rt.emulator.races import Races, RacyGeneric, RacyShared
 from dsv4_rt.emulator.report import LaunchReport, Triple, fault, where
@@ -42,8 +46,8 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 Key = tuple[int, int]  # (-call depth, block)
 U32 = np.uint32
-EVERYONE = Number(0xFFFFFFFF)  # the mask of a warp
 SPINS = 16  # polls in vain before a group gives way
+EXPIRIES = 8  # times all waits of mbarriers may expire in vain before it is a deadlock
 PATIENCE = 2000  # times everyone may poll in vain before it is a deadlock
 _DTYPES = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64, 128: np.uint64}
 
@@ -105,6 +109,22 @@ class Group:
         return 1 + int(np.count_nonzero(warp[1:] != warp[:-1]))
 
 
+class Wait:
+    """Lanes parked at an mbarrier's wait: which barrier each waits for, and the state or parity of its phase."""
+
+    def __init__(self, group: Group, at: Array, value: Array, parity: bool) -> None:
+        self.group, self.at, self.value, self.parity = group, at, value, parity
+
+    def part(self, chosen: Array) -> Wait:
+        return Wait(Group(self.group.lanes[chosen]), self.at[chosen], self.value[chosen], self.parity)
+
+    def joined(self, other: Wait) -> Wait:
+        lanes = np.concatenate([self.group.lanes, other.group.lanes])
+        order = np.argsort(lanes)
+        at, value = np.concatenate([self.at, other.at]), np.concatenate([self.value, other.value])
+        return Wait(Group(lanes[order]), at[order], value[order], self.parity)
+
+
 class Batch:
     def __init__(
         self,
@@ -119,6 +139,7 @@ class Batch:
     ) -> None:
         self.machine, self.program, self.shape, self.report = machine, program, shape, report
         self.first, self.count, self.params, self.param_base = first, count, params, param_base
+        self.cluster_size = shape.cluster_size
         self.nlanes = count * shape.lanes
         self.all = np.arange(self.nlanes)
         self.cta = self.all // shape.lanes
@@ -130,6 +151,8 @@ class Batch:
         self.races.shared = self.shared
         self.races.watched = machine.memory if isinstance(machine.memory, WatchedMemory) else None
         self.local = LaneMemory("local", self.nlanes, program.entry.frame_size + program.local_bytes, LOCAL_FIRST)
+        self.engine = Engine(self, machine.completion, machine.dice)
+        self.mbarriers = Mbarriers(self)
         self.generic: RacyGeneric = RacyGeneric(self.memory, self.shared, self.local)
         self.shared_base = self.shared.bases(self.cta)
         self.local_base = self.local.bases(self.all)
@@ -146,6 +169,7 @@ class Batch:
         self.returns: dict[int, Array] = {}
         self.ready: dict[Key, Group] = {}
         self.parked: dict[Key, Group] = {}
+        self.waiting: dict[Key, Wait] = {}  # at an mbarrier
         self.at_barrier = np.full(self.nlanes, -1, np.int64)  # barrier each parked lane waits at
         self.wants = np.zeros(self.nlanes, np.int64)  # threads its barrier needs, 0 for all
         self.arrived = np.zeros((count, 16), np.int64)  # by bar.arrive
@@ -247,6 +271,9 @@ class Batch:
         if block.sync is None:
             self._merge(self.ready, key, group)
             return
+        if is_wait(block.sync):
+            self._wait(key, block.sync, group)
+            return
         if is_warp_sync(block.sync):
             if group.dense and key not in self.parked and block.sync.op not in ("bar", "barrier"):
                 self._merge(self.ready, key, group)
@@ -262,6 +289,59 @@ class Batch:
         self.wants[group.lanes] = counts
         self._merge(self.parked, key, group)
         self._release_barriers()
+
+    def _wait(self, key: Key, sync: Instr, group: Group) -> None:
+        """Park the lanes whose phase is not complete."""
+        lanes = group.lanes
+        generic = not any(mod.startswith("shared") for mod in sync.mods)
+        addr = self._address(key, sync.args[1], lanes)
+        try:
+            at = self.mbarriers.locate(lanes, addr, generic, sync.name)
+        except LaneFault as error:
+            raise self.fault(error.what, sync, lanes[error.bad]) from None
+        value = self._operand(key, sync.args[2], lanes)
+        wait = Wait(group, at, value, "parity" in sync.mods)
+        over = self.mbarriers.over(at, value, wait.parity)
+        if over.all():
+            self._merge(self.ready, key, group)
+            return
+        if over.any():
+            self._merge(self.ready, key, Group(lanes[over]))
+            wait = wait.part(~over)
+        other = self.waiting.get(key)
+        self.waiting[key] = wait if other is None else other.joined(wait)
+
+    def _wake(self) -> None:
+        """Phases have completed: let those go who wait for them."""
+        self.mbarriers.flipped = False
+        for key, wait in list(self.waiting.items()):
+            over = self.mbarriers.over(wait.at, wait.value, wait.parity)
+            if over.all():
+                del self.waiting[key]
+                self._merge(self.ready, key, wait.group)
+            elif over.any():
+                self.waiting[key] = wait.part(~over)
+                self._merge(self.ready, key, Group(wait.group.lanes[over]))
+
+    def _expire(self) -> None:
+        """Nothing else can go on: the waits return that their phase is not complete, as they may on hardware."""
+        for key, wait in self.waiting.items():
+            self._merge(self.ready, key, wait.group)
+        self.waiting.clear()
+
+    def waiters(self, at: int) -> int:
+        """How many lanes wait for the mbarrier at a position."""
+        return sum(int(np.count_nonzero(wait.at == at)) for wait in self.waiting.values())
+
+    def _address(self, key: Key, operand: Operand, lanes: Array) -> Array:
+        """The address operand of a sync instruction at the start of its block."""
+        assert isinstance(operand, Address)
+        base = operand.base
+        if isinstance(base, Sym):
+            layout = self.program.layouts[self.program.blocks[key[1]].function.name]
+            at = layout.addresses[id(base.var)] + base.offset + operand.offset
+            return np.full(len(lanes), at, np.uint64)
+        return self._operand(key, base, lanes).astype(np.uint64) + np.uint64(operand.offset & (1 << 64) - 1)
 
     def _merge(self, groups: dict[Key, Group], key: Key, group: Group) -> None:
         other = groups.get(key)
@@ -302,7 +382,7 @@ class Batch:
                 living = collective.warp_bits(self.nlanes, np.nonzero(self.alive)[0])[at >> 5]
                 self._let_go(each, mask & living & ~present == 0)
             return
-        mask = self._operand(key, EVERYONE if is_cluster_arrive(sync) else sync.args[-1], lanes)
+        mask = self._operand(key, sync_mask(sync), lanes)
         self._let_go(key, collective.complete(self.nlanes, lanes, mask, self.alive))
 
     def _wait_at_cluster(self, key: Key, sync: Instr, group: Group) -> None:
@@ -342,7 +422,7 @@ class Batch:
     def _mask_of(self, key: Key) -> Operand:
         sync = self.program.blocks[key[1]].sync
         assert sync is not None
-        return sync.args[-1]
+        return sync_mask(sync)
 
     def _let_go(self, key: Key, free: Array) -> None:
         group = self.parked[key]
@@ -443,16 +523,27 @@ class Batch:
 
         patience: how often they may all do so before this gives up.
         """
-        idle = 0
+        idle = expired = 0
         while True:
+            if self.engine.queue and self.engine.completion == "random":
+                self.engine.step()
+            if self.mbarriers.flipped:
+                self._wake()
             version = self._version()
             awake = [k for k, g in self.ready.items() if g.asleep_at != version] if self.ready else []
             if awake:
                 self._step(self.machine.pick(awake))
-                idle = 0 if self._version() != version else idle
+                if self._version() != version:
+                    idle = expired = 0
                 continue
             if self.check_parked:
                 self._recheck()
+                continue
+            if self.engine.pump():
+                continue
+            if self.waiting and expired < EXPIRIES:
+                expired += 1
+                self._expire()
                 continue
             if self.ready:
                 idle += 1
@@ -462,6 +553,8 @@ class Batch:
                     group.asleep_at = -1
                     group.spins = SPINS
                 continue
+            if self.waiting:
+                return False
             if self.parked:
                 self._recheck()
                 if self.ready:
@@ -543,6 +636,8 @@ class Batch:
                 self._return(key, int(to), group.lanes[back == to])
         elif block.kind in ("ret", "exit"):
             self.alive[group.lanes] = False
+            if not self.alive.any():
+                self.engine.drain()
             if self.clusters is not None:
                 wrong = self.clusters.exited(group.lanes)
                 if wrong is not None:
@@ -645,6 +740,10 @@ class Batch:
         cta = ctaid(int(self.cta[lane]) + self.first, self.shape.grid, self.shape.cluster)
         return cta, split(int(self.tid[lane]), self.shape.block)
 
+    def cta_name(self, cta: int) -> Triple:
+        """The index in the grid of a CTA of this batch."""
+        return self.thread(cta * self.shape.lanes)[0]
+
     def fault(self, what: str, ins: Instr | None, lanes: Array) -> KernelFault:
         cta, thread = self.thread(int(lanes[0]))
         place = where(self.program.ptx, ins, self.machine.source_roots)
@@ -666,7 +765,7 @@ class Batch:
 
     def describe_waiting(self) -> list[str]:
         """One paragraph for each group that waits: where, how many threads, and whom for."""
-        lines = []
+        lines = self._describe_mbarriers()
         for groups, how in ((self.parked, "wait at"), (self.ready, "poll memory that nobody writes, in a loop at")):
             for key, group in sorted(groups.items()):
                 block = self.program.blocks[key[1]]
@@ -677,6 +776,25 @@ class Batch:
                 lines.extend(self._missing(key, group))
         return lines
 
+    def _describe_mbarriers(self) -> list[str]:
+        """Who waits for which mbarrier, and what its phase lacks."""
+        lines = []
+        for key, wait in sorted(self.waiting.items()):
+            ins = self.program.blocks[key[1]].sync
+            place = where(self.program.ptx, ins, self.machine.source_roots, "    ")
+            for at in np.unique(wait.at).tolist():
+                lanes = wait.group.lanes[wait.at == at]
+                cta, thread = self.thread(int(lanes[0]))
+                lines.append(f"  {len(lanes)} threads, first CTA {cta} thread {thread}, wait at{place}")
+                barrier = self.mbarriers.live.get(at)
+                value = int(wait.value[wait.at == at][0])
+                asked = f"parity {value & 1}" if wait.parity else f"phase {value >> 20}"
+                state = barrier.describe() if barrier is not None else "not initialised"
+                lines.append(f"    for {asked} of {self.mbarriers.name(at)}: {state}")
+                if barrier is not None:
+                    lines.append(f"    it was initialised at{self.engine.place(barrier.line)}")
+        return lines
+
     def _missing(self, key: Key, group: Group) -> list[str]:
         sync = self.program.blocks[key[1]].sync
         if sync is None or key not in self.parked:
@@ -685,8 +803,7 @@ class Batch:
         if is_cluster_wait(sync) and self.clusters is not None:
             return [self.clusters.waiting_for(lane)]
         if is_warp_sync(sync):
-            operand = EVERYONE if is_cluster_arrive(sync) else sync.args[-1]
-            mask = int(self._operand(key, operand, group.lanes[:1])[0])
+            mask = int(self._operand(key, sync_mask(sync), group.lanes[:1])[0])
             here = int(collective.warp_bits(self.nlanes, group.lanes)[lane >> 5])
             living = int(collective.warp_bits(self.nlanes, np.nonzero(self.alive)[0])[lane >> 5])
             return [f"    its mask {mask:#010x} names lanes that are elsewhere: {mask & living & ~here:#010x}"]

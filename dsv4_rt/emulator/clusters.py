@@ -77,6 +77,8 @@ class Clusters:
         self.count = batch.count // size
         self.phase = np.zeros(self.count, I64)  # completed phases of the barrier
         self.arrived = np.full(batch.nlanes, -1, I64)  # the phase a lane has arrived in, until it has waited for it
+        self.released: dict[int, Array] = {}  # cluster -> what those know who have arrived in the phase
+        self.given: dict[int, Array] = {}  # cluster -> what the last phase gives to those who wait for it
         self.left: set[int] = set()  # CTAs that have exited
         self.remote: dict[int, tuple[int, int]] = {}  # CTA -> (PTX line, lane) of an access not waited for
 
@@ -88,6 +90,10 @@ class Clusters:
         if twice.any():
             raise LaneFault("barrier.cluster.arrive a second time without a barrier.cluster.wait", np.nonzero(twice)[0])
         self.arrived[lanes] = self.phase[self.of[lanes]]
+        for cluster in np.unique(self.of[lanes]).tolist():
+            row = self.batch.races.release(lanes[self.of[lanes] == cluster])
+            old = self.released.get(cluster)
+            self.released[cluster] = row if old is None else np.maximum(old, row)
         self.batch.check_parked = True
         self.complete()
 
@@ -101,10 +107,7 @@ class Clusters:
         if not done.any():
             return
         for cluster in np.nonzero(done)[0].tolist():
-            first = cluster * self.size
-            for cta in range(first, first + self.size):
-                self.remote.pop(cta, None)
-        self.batch.races.cluster_barrier(np.nonzero(alive & here & done[self.of])[0])
+            self.given[cluster] = self.released.pop(cluster)
         self.phase[done] += 1
 
     def may_pass(self, lanes: Array) -> Array:
@@ -113,7 +116,11 @@ class Clusters:
         return free
 
     def passed(self, lanes: Array) -> None:
+        """Lanes leave the barrier: they know what all did before they arrived."""
         self.arrived[lanes] = -1
+        for cluster in np.unique(self.of[lanes]).tolist():
+            self.batch.races.acquire(lanes[self.of[lanes] == cluster], self.given[cluster])
+        self.observed(lanes)
 
     def check_arrived(self, lanes: Array) -> Array:
         """Positions of lanes that wait without having arrived."""

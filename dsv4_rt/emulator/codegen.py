@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_rt.emulator import alu, atomics, clusters, collective
+from dsv4_rt.emulator import alu, atomics, clusters, collective, copies, mma
 from dsv4_rt.emulator.ir import (
     TYPES,
     Address,
@@ -435,7 +435,7 @@ class Emitter:
 
 
 _PASSES_ON = frozenset("mov cvt cvta selp add sub mul mad fma neg abs min max div rem".split())
-NEEDS_LANES = frozenset("ld ldu ldg st atom red bar barrier".split())
+NEEDS_LANES = frozenset("ld ldu ldg st atom red bar barrier cp mbarrier fence membar setmaxnreg".split())
 SPECIAL_BITS = {"clock64": 64, "globaltimer": 64, "gridid": 64}
 UNIFORM = frozenset(
     """ntid.x ntid.y ntid.z nctaid.x nctaid.y nctaid.z nwarpid nsmid gridid clock clock_hi clock64 globaltimer
@@ -459,7 +459,8 @@ def chain(blocks: list[Block], block: Block, first: int) -> list[Block]:
 def new_namespace() -> dict[str, Any]:
     """What generated code sees."""
     names: dict[str, Any] = {"np": np, "where": np.where, "resize": alu.resize, "alu": alu}
-    names |= {"collective": collective, "atomics": atomics, "clusters": clusters, "U1": np.bool_}
+    names |= {"collective": collective, "atomics": atomics, "clusters": clusters, "copies": copies, "mma": mma}
+    names["U1"] = np.bool_
     names |= {f"U{8 << k}": dtype for k, dtype in enumerate(UNSIGNED)}
     names |= {f"I{8 << k}": dtype for k, dtype in enumerate((np.int8, np.int16, np.int32, np.int64))}
     return names
@@ -503,7 +504,7 @@ def compile_block(parts: list[Block], layout: Layout, full: bool, dense: bool, n
 
 def is_poll(ins: Instr) -> bool:
     """Whether a loop around this instruction may be waiting for another thread."""
-    if ins.op in ("atom", "nanosleep"):
+    if ins.op in ("atom", "nanosleep") or (ins.op == "mbarrier" and {"try_wait", "test_wait"} & set(ins.mods)):
         return True
     return ins.op == "ld" and bool({"volatile", "acquire", "relaxed"} & set(ins.mods))
 

@@ -217,7 +217,8 @@ def sources(ins: Instr) -> list[Reg]:
     return found
 
 
-WARP_SYNC = frozenset({"shfl", "vote", "match", "redux", "elect"})
+MATRIX = frozenset({"mma", "ldmatrix", "stmatrix", "movmatrix"})  # the whole warp, without a mask
+WARP_SYNC = frozenset({"shfl", "vote", "match", "redux", "elect"}) | MATRIX
 ENDS = frozenset({"bra", "ret", "exit", "trap", "brkpt", "call", "brx"})
 
 
@@ -236,9 +237,19 @@ def is_cluster_wait(ins: Instr | None) -> bool:
     return ins is not None and ins.op == "barrier" and "cluster" in ins.mods and "wait" in ins.mods
 
 
+def is_wait(ins: Instr) -> bool:
+    """Whether threads may be suspended at this instruction until an mbarrier's phase is complete."""
+    return ins.op == "mbarrier" and "try_wait" in ins.mods
+
+
+def sync_mask(ins: Instr) -> Operand:
+    """The mask operand of a warp-wide instruction."""
+    return Number(0xFFFFFFFF) if ins.op in MATRIX or is_cluster_arrive(ins) else ins.args[-1]
+
+
 def is_sync(ins: Instr) -> bool:
-    """Whether threads meet at this instruction; a block starts there."""
-    return is_warp_sync(ins) or (ins.op in ("bar", "barrier") and "arrive" not in ins.mods)
+    """Whether threads meet, or wait, at this instruction; a block starts there."""
+    return is_warp_sync(ins) or is_wait(ins) or (ins.op in ("bar", "barrier") and "arrive" not in ins.mods)
 
 
 @dataclass(slots=True, eq=False)

@@ -343,15 +343,10 @@ def _barrier(e: Emitter, ins: Instr, m: Mods) -> None:
         raise m.refuse()
 
 
-@handles(
-    "membar", "fence", "griddepcontrol", "nanosleep", "prefetch", "prefetchu", "discard", "applypriority", "pmevent"
-)
+@handles("griddepcontrol", "nanosleep", "prefetch", "prefetchu", "discard", "applypriority", "pmevent")
 def _nothing(e: Emitter, ins: Instr, m: Mods) -> None:
     """Memory is sequentially consistent here, and nothing takes time."""
-    m.flag(*_SPACES, *_ORDER, *_CACHE, "gl", "L1", "L2", "wait", "launch_dependents", "mask")
-    if ins.op in ("fence", "membar"):
-        e.emit(f"B.races.fence({e.lanes})")
-        m.flag("sync_restrict::shared::cta", "sync_restrict::shared::cluster")
+    m.flag(*_SPACES, *_ORDER, *_CACHE, "L1", "L2", "wait", "launch_dependents", "mask")
     if ins.op == "nanosleep":
         e.emit("B.sleep()")
 

@@ -15,7 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_rt.emulator import isa_arith, isa_cluster, isa_memory  # noqa: F401  they register the instructions
+from dsv4_rt.emulator import (  # noqa: F401  isa_*: they register the instructions
+    isa_arith,
+    isa_async,
+    isa_cluster,
+    isa_memory,
+    isa_mma,
+)
+from dsv4_rt.emulator.async_ import COMPLETIONS
 from dsv4_rt.emulator.batch import PATIENCE, Batch, Grid
 from dsv4_rt.emulator.clusters import MAX_CLUSTER
 from dsv4_rt.emulator.codegen import Code, Layout, chain, compile_block, new_namespace, translate_block
@@ -70,8 +77,17 @@ class Program:
     registers: dict[str, list[tuple[int, int]]]  # function -> (slot, bits) of registers and their shadows
     shared_bytes: int
     local_bytes: int
+    proxied: bool = False  # whether something reads shared memory through the async proxy
+    symbols: dict[int, str] = field(default_factory=dict)  # shared offset -> variable
     namespace: dict[str, Any] = field(default_factory=new_namespace)
     codes: dict[tuple[int, bool, bool], Code] = field(default_factory=dict)
+
+    def symbol_at(self, offset: int) -> str:
+        """The shared variable an offset lies in, `name+bytes`; empty if none is known."""
+        first = max((at for at in self.symbols if at <= offset), default=-1)
+        if first < 0:
+            return ""
+        return self.symbols[first] + (f"+{offset - first}" if offset > first else "")
 
     def code(self, block: int, full: bool, dense: bool) -> Code:
         """The compiled variant of a block, made on first use."""
@@ -180,6 +196,8 @@ def _build(module: Module, name: str, clustered: bool) -> Program:
     program = Program(
         ptx, ptx.functions[name], blocks, first, layouts, registers, shared[1], STACK if calls else 0
     )
+    program.proxied = any(_reads_by_proxy(ins) for function in order for ins in function.instrs)
+    program.symbols = {shared[0][id(var)]: var.name for var in shared[2]}
     program.namespace["watch_global"] = isinstance(module.memory, WatchedMemory)
     program.namespace["clustered"] = clustered
     _verify(program, module.roots)
@@ -212,8 +230,15 @@ def _reachable(module: Module, name: str) -> list[Function]:
     return [*order, ptx.functions[name]]
 
 
-def _layout_shared(ptx: Ptx, functions: Sequence[Function]) -> tuple[dict[int, int], int]:
-    """Addresses of shared variables, and the bytes before the dynamic part, which starts at its own alignment."""
+def _reads_by_proxy(ins: Instr) -> bool:
+    """Whether an instruction reads shared memory through the async proxy."""
+    if ins.op == "cp":
+        return "bulk" in ins.mods and ("shared::cta" in ins.mods[:-1]) and "prefetch" not in ins.mods
+    return ins.op in ("wgmma", "tcgen05")
+
+
+def _layout_shared(ptx: Ptx, functions: Sequence[Function]) -> tuple[dict[int, int], int, list[Var]]:
+    """Addresses of shared variables, the bytes before the dynamic part, which starts at its own alignment, and them."""
     used = {a.var for f in functions for ins in f.instrs for a in _symbols(ins) if a.var is not None}
     listed = [v for v in ptx.variables.values() if v.space == "shared" and v in used]
     listed += [v for f in functions for v in f.variables if v.space == "shared"]
@@ -228,7 +253,7 @@ def _layout_shared(ptx: Ptx, functions: Sequence[Function]) -> tuple[dict[int, i
     end = -(-at // align) * align
     for var in dynamic:
         found[id(var)] = end
-    return found, (end if dynamic else at) - SHARED_FIRST
+    return found, (end if dynamic else at) - SHARED_FIRST, [*(v for v in listed if v.size), *dynamic]
 
 
 def _symbols(ins: Instr) -> list[Sym]:
@@ -285,13 +310,15 @@ class Machine:
         arch: the architecture to be; modules for another are accepted, since PTX says what it needs.
         order: which threads run first: "min-pc" (lowest program point, the fastest), "random" (seeded), "reverse"
             (highest program point and last warp first). A right kernel gives the same result under all.
-        seed: for order="random".
+        seed: for order="random" and completion="random".
         source_roots: folders in which the CUDA files named by line information are looked up for error messages.
         trace: called after every instruction with what it did, see `trace.Tracer`; None costs nothing.
         check_global_writes: report threads of one launch that touch the same bytes of global memory, one of them with
             a store, without a barrier, or atomics and a fence, between them.
         check_uninitialised: report reads of bytes of allocations that neither a kernel nor, as far as is known, the
             host has written (see `watched.py`).
+        completion: when asynchronous operations run (see `async_.py`): "early" at once, "late" when waited for or when
+            nothing else can go on, "random" at seeded moments. A right kernel gives the same result under all.
     """
 
     def __init__(
@@ -304,14 +331,18 @@ class Machine:
         trace: Callable[[Step], None] | None = None,
         check_global_writes: bool = False,
         check_uninitialised: bool = False,
+        completion: str = "early",
     ) -> None:
         if order not in ORDERS:
             raise EmulatorError(f"Machine: order {order!r} is none of {', '.join(ORDERS)}")
-        self.arch, self.order, self.seed = arch, order, seed
+        if completion not in COMPLETIONS:
+            raise EmulatorError(f"Machine: completion {completion!r} is none of {', '.join(COMPLETIONS)}")
+        self.arch, self.order, self.seed, self.completion = arch, order, seed, completion
         self.source_roots = tuple(Path(root) for root in source_roots)
         watched = check_global_writes or check_uninitialised
         self.memory = WatchedMemory(check_global_writes, check_uninitialised) if watched else Memory()
         self._random = random.Random(seed)
+        self.dice = random.Random(seed + 1)  # of the random completion schedule
         self._trace = trace
         self.clock = LaunchClock(0)
 

@@ -317,6 +317,21 @@ class Memory:
             where = "straddling an end of"
         return f"out of bounds: {head}: {where} {near.describe()}"
 
+    def span(self, address: int, nbytes: int, write: bool) -> Array:
+        """The bytes of a range, in place, after every check of an access to it as a whole.
+
+        Raises:
+            LaneFault: it does not lie in one live range, or is not writable.
+        """
+        if self._stale:
+            self._refresh()
+        at = bisect_right(self._starts, address) - 1
+        inside = at >= 0 and address + nbytes <= self._segments[at].hi
+        if not inside or (write and not self._segments[at].writable):
+            raise LaneFault(self._explain(address, nbytes, write), np.zeros(1, I64))
+        found: Array = self.views[0][address - _BASE : address - _BASE + nbytes]
+        return found
+
     def load(self, addr: Array, base: object, k: int, used: int | None = None) -> Array:
         """Values of 2**k bytes as unsigned bits."""
         found: Array = self.views[k][self.place(addr, 1 << k, False) >> k]

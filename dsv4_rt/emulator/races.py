@@ -25,12 +25,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from dsv4_rt.emulator.clusters import ctaid, split
 from dsv4_rt.emulator.ir import TYPES, Instr
 from dsv4_rt.emulator.memory import SHARED_FIRST, Generic, LaneFault, LaneMemory, used_flags
 from dsv4_rt.emulator.report import where
 
 if TYPE_CHECKING:
     from dsv4_rt.emulator.batch import Batch
+    from dsv4_rt.emulator.inflight import Flight
     from dsv4_rt.emulator.machine import Program
 
 Array = npt.NDArray[Any]
@@ -86,12 +88,14 @@ class Races:
     def __init__(self, batch: Batch, clock: LaunchClock) -> None:
         self.batch, self.clock = batch, clock
         self.warps = batch.shape.lanes // 32
+        self.ranks = batch.cluster_size
+        self.columns = self.warps * self.ranks  # of the vector clocks: the warps of a cluster
         self.met = np.zeros(batch.nlanes, I64)  # tick at which a lane last met others
         self.whole = np.zeros(batch.count, I64)  # tick of a CTA's last barrier of all its threads
         self.limit = 1 << _SHIFT  # records below it lie before the last whole barrier of every CTA
-        self.seen: Array | None = None  # [warp, warp of its CTA]: the ticks it has learnt of
+        self.seen: Array | None = None  # [warp, warp of its cluster]: the ticks it has learnt of
         self.fences: Array | None = None  # [warp, ...]: what it knew at its last fence
-        self.queue = np.zeros((batch.count, self.warps), I64)  # what the strong stores of a CTA have published
+        self.queue = np.zeros((batch.count // self.ranks, self.columns), I64)  # what strong stores have published
         self.pending: dict[tuple[int, int], Array] = {}  # (CTA, barrier) -> what bar.arrive brought
         self.base = batch.first * batch.shape.lanes  # of thread numbers in the launch
         self.stored_alike: dict[int, Array] = {}  # tick -> (lane, cell) of stores of equal bytes to one cell
@@ -131,7 +135,7 @@ class Races:
         if self.fences is None:
             self.fences = np.zeros_like(seen)
         self.fences[warps] = seen[warps]
-        self.fences[warps, warps % self.warps] = tick
+        self.fences[warps, warps % self.columns] = tick
         self.clock.fence[warps // self.warps + self.batch.first] = tick
 
     def _synchronise(self, lanes: Array, flags: int) -> None:
@@ -144,11 +148,11 @@ class Races:
         self.met[lanes] = tick
         if flags & READS:
             seen = self._seen()
-            seen[warps] = np.maximum(seen[warps], self.queue[ctas])
+            seen[warps] = np.maximum(seen[warps], self.queue[ctas // self.ranks])
             self.clock.acquired[ctas + self.batch.first] = tick
         if flags & WRITES:
             if self.fences is not None:
-                np.maximum.at(self.queue, ctas, self.fences[warps])
+                np.maximum.at(self.queue, ctas // self.ranks, self.fences[warps])
             self.clock.released[ctas + self.batch.first] = self.clock.fence[ctas + self.batch.first]
 
     # What the scheduler says.
@@ -174,7 +178,7 @@ class Races:
                 continue
             warps = np.unique(lanes[(batch.cta[lanes] == index) & (ids == number)] >> 5)
             seen = self._seen()
-            seen[warps, warps % self.warps] = tick
+            seen[warps, warps % self.columns] = tick
             row = seen[warps].max(axis=0)
             arrived = self.pending.pop((index, number), None)
             seen[warps] = row if arrived is None else np.maximum(row, arrived)
@@ -186,31 +190,59 @@ class Races:
                 self.fences[rows] = self.fences[rows].max(axis=0)
         self.limit = (int(self.whole[living > 0].min()) + 1) << _SHIFT
 
-    def cluster_barrier(self, lanes: Array) -> None:
-        """Lanes of whole clusters have met: what any of them did before lies before what any of them does after."""
-        tick, batch = self.clock.tick(), self.batch
-        self.whole[np.unique(batch.cta[lanes])] = tick
-        living = np.bincount(batch.cta[batch.alive], minlength=batch.count)
-        self.limit = (int(self.whole[living > 0].min()) + 1) << _SHIFT
-
     def arrive(self, lanes: Array, ids: Array) -> None:
         """bar.arrive: others will know what these lanes did; they learn nothing."""
         tick = self.clock.tick()
         seen = self._seen()
         for warp, number in {(int(lane) >> 5, int(i)) for lane, i in zip(lanes, ids, strict=True)}:
-            seen[warp, warp % self.warps] = tick
+            seen[warp, warp % self.columns] = tick
             key = (warp // self.warps, number)
             old = self.pending.get(key)
             self.pending[key] = seen[warp].copy() if old is None else np.maximum(old, seen[warp])
 
+    def release(self, lanes: Array) -> Array:
+        """What the warps of these lanes know, for whoever acquires it; they are of one cluster."""
+        tick = self.clock.tick()
+        seen = self._seen()
+        self.met[lanes] = tick
+        warps = np.unique(lanes >> 5) if len(lanes) > 1 else lanes >> 5
+        seen[warps, warps % self.columns] = tick
+        found: Array = seen[warps].max(axis=0)
+        return found
+
+    def acquire(self, lanes: Array, row: Array) -> None:
+        """The warps of these lanes learn what was released."""
+        seen = self._seen()
+        warps = np.unique(lanes >> 5) if len(lanes) > 1 else lanes >> 5
+        seen[warps] = np.maximum(seen[warps], row)
+        self.met[lanes] = self.clock.tick()
+
     def _seen(self) -> Array:
         """The vector clocks, at least what the last whole barrier of each CTA gave."""
         if self.seen is None:
-            self.seen = np.zeros((self.batch.count * self.warps, self.warps), I64)
-        np.maximum(self.seen, np.repeat(self.whole, self.warps)[:, None], out=self.seen)
+            self.seen = np.zeros((self.batch.count * self.warps, self.columns), I64)
+        ranks = self.ranks
+        if ranks == 1:
+            np.maximum(self.seen, np.repeat(self.whole, self.warps)[:, None], out=self.seen)
+            return self.seen
+        own = self.seen.reshape(-1, ranks, self.warps, ranks, self.warps)
+        for rank in range(ranks):
+            mine = own[:, rank, :, rank, :]
+            np.maximum(mine, self.whole[rank::ranks, None, None], out=mine)
         return self.seen
 
     # Order.
+
+    def after(self, lanes: Array, tick: int, lane: int) -> Array:
+        """Positions of the lanes that what a lane did at a tick does not happen before."""
+        return self.pairs_unordered(lanes, np.full(len(lanes), tick), np.full(len(lanes), lane))
+
+    def pairs_unordered(self, lanes: Array, ticks: Array, others: Array) -> Array:
+        """Positions where nothing orders what a lane does now after what the other did at a tick."""
+        strong, self.strong = self.strong, False
+        found = self.unordered(lanes, ticks << _SHIFT | others, 0, np.zeros(len(lanes), I64))
+        self.strong = strong
+        return found
 
     def unordered(self, lanes: Array, records: Array, base: int, cells: Array) -> Array:
         """Positions of the accesses that nothing orders after the records of other threads. 0 is no record."""
@@ -223,10 +255,9 @@ class Races:
         if self.strong:
             suspect &= (records & _STRONG) == 0
         lanes_per_cta = self.batch.shape.lanes
-        near = other // lanes_per_cta == cta
-        if base == 0 and self.batch.clusters is not None:  # shared memory: CTAs of a cluster
-            suspect &= ticks > self.whole[cta]
-        suspect &= ~near | (ticks > self.whole[cta])
+        owner = other // lanes_per_cta
+        near = owner // self.ranks == cta // self.ranks
+        suspect &= (owner != cta) | (ticks > self.whole[cta])
         at: Array = np.nonzero(suspect)[0]
         if not len(at):
             return at
@@ -236,7 +267,7 @@ class Races:
         if self.seen is None:
             ordered = (lanes >> 5 == mine >> 5) & together
         else:
-            known = self.seen[lanes >> 5, (mine >> 5) % self.warps] >= ticks
+            known = self.seen[lanes >> 5, (mine >> 5) % self.columns] >= ticks
             ordered = np.where(lanes >> 5 == mine >> 5, together, known)
         if not near.all():
             first = (other + base) // lanes_per_cta
@@ -260,11 +291,7 @@ class Races:
         batch, program = self.batch, self.batch.program
         thread = (record & _LANE) - base
         cta_index, tid = divmod(thread + batch.first * batch.shape.lanes, batch.shape.lanes)
-
-        def split(index: int, sizes: tuple[int, int, int]) -> tuple[int, int, int]:
-            return index % sizes[0], index // sizes[0] % sizes[1], index // (sizes[0] * sizes[1])
-
-        cta, name = split(cta_index, batch.shape.grid), split(tid, batch.shape.block)
+        cta, name = ctaid(cta_index, batch.shape.grid, batch.shape.cluster), split(tid, batch.shape.block)
         line = self.clock.log[record >> _SHIFT]
         ins = next((i for block in program.blocks for i in block.instrs if i.line == line), None)
         place = where(program.ptx, ins, batch.machine.source_roots, "    ")
@@ -416,6 +443,7 @@ class RacyShared(LaneMemory):
         self.lanes: Array = np.zeros(0, I64)
         self._slices = slices
         self._kept: Shadow | None = None
+        self.flight: Flight | None = None  # what asynchronous operations touch, once there is one
         self._watch = Watch("shared memory", grain_of(races.batch.program, "shared"), self._shadow, False)
         self._atomic = False
 
@@ -426,6 +454,8 @@ class RacyShared(LaneMemory):
 
     def place(self, addr: Array, base: Array, size: int, write: bool) -> Array:
         at = super().place(addr, base, size, write)
+        if self.flight is not None:
+            self.flight.check(self.lanes, at, size, write)
         if not write:
             self._watch.read(self.races, self.lanes, addr, at, size)
         elif self._atomic:
@@ -447,6 +477,38 @@ class RacyShared(LaneMemory):
         changes = changes_of(self.views[k], at >> k, values)
         self._watch.store(self.races, self.lanes, addr, at, size, changes, put)
         self.version += 1
+
+    def claim(self, lanes: Array, lo: int, hi: int, write: bool, what: str, line: int) -> None:
+        """An asynchronous operation issued by lanes will read or write positions [lo, hi): see who touched them.
+
+        Raises:
+            LaneFault: nothing orders the issue after an ordinary access.
+        """
+        shadow, grain = self._kept, self._watch.grain
+        if shadow is None:
+            return
+        cells = slice(lo >> grain, -(-hi >> grain))
+        kinds = [("WAW", shadow.stores), ("WAR", shadow.loads), ("WAR", shadow.loads_before)]
+        for kind, kept in kinds if write else [("RAW", shadow.stores)]:
+            part = kept[cells]
+            if int(part.max(initial=0)) < self.races.limit:
+                continue
+            records = np.unique(part[part >= self.races.limit])
+            ticks, others = records >> _SHIFT, records & _LANE
+            for lane in lanes[:1] if len(lanes) == 1 else lanes.tolist():
+                bad = self.races.pairs_unordered(np.full(len(records), lane), ticks, others)
+                if len(bad):
+                    raise self.races.fault(kind, f"shared memory: {what}", int(records[bad[0]]), 0, np.zeros(1, I64))
+        if write:
+            for kept in (shadow.stores, shadow.loads, shadow.loads_before):
+                kept[cells] = 0
+
+    def last_stores(self, words: Array) -> tuple[Array, Array]:
+        """(lane, tick) of the last ordinary store to each word."""
+        kept = self._shadow().stores
+        many = 4 >> self._watch.grain
+        records = kept.reshape(-1, many)[words].max(axis=1) if many > 1 else kept[words]
+        return records & _LANE, records >> _SHIFT
 
     def atomic(self, addr: Array, base: Array, k: int, update: Any) -> Any:
         self._atomic = True
