@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,7 +19,6 @@ from dsv4_rt.arrays import FACTS, Framework, View, device_holding, framework, st
 from dsv4_rt.checks import overlap
 from dsv4_rt.device import Device, device
 from dsv4_rt.errors import ArgumentError
-from dsv4_rt.launch import Prepared
 
 # Plans kept per operation; an engine that varies N from 1 to max_num_tokens stays below it. Past it, start again.
 MAX_PLANS = 8192
@@ -52,6 +51,12 @@ class Call:
     settings: tuple[Any, ...]
 
 
+class Launch(Protocol):
+    """What a plan leaves to do: `dsv4_rt.launch.Prepared`, or several of its kind behind one another."""
+
+    def launch(self, pointers: Sequence[int], stream: int = 0, views: Sequence[View] = ()) -> None: ...
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a plan function answers: shapes and dtypes of the results, and the launch, None if there is nothing to do.
@@ -60,7 +65,7 @@ class Plan:
     """
 
     results: tuple[tuple[tuple[int, ...], np.dtype[Any]], ...]
-    ready: Prepared | None
+    ready: Launch | None
 
 
 @dataclass(slots=True)

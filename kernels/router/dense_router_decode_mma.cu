@@ -142,8 +142,8 @@ dense_router_decode_mma(const bf16*  hidden,               // [N, K]  rows hidde
     };
     load_weights(begin);
     for (int s = begin + STEPS + t; s < end; s += 4) {             // a later round's
-        prefetch_l2(row[0] + (s - t) * STEP + t * (STEP - 8));
-        prefetch_l2(row[1] + (s - t) * STEP + t * (STEP - 8));
+        prefetch_l2(row[0] + s * STEP - t * 8);
+        prefetch_l2(row[1] + s * STEP - t * 8);
     }
     stage_bias<ITEMS, THREADS>(e_bias, E, bias);
     for (int line = blockIdx.x * THREADS + threadIdx.x; line * 64 < K * tokens; line += gridDim.x * THREADS)
