@@ -181,10 +181,12 @@ def decode_tile(N: int, E: int, K: int, dtype: Dtype) -> StreamTile | MmaTile:
     while tiles < 8 and tiles * 8 < N:
         tiles *= 2
     if dtype == F32:
-        return MmaTile(tiles, 1, 1 if tiles == 8 else 2, 8)
+        return MmaTile(tiles, 2 if N > 64 else 1, 1 if tiles == 8 else 2, 8)
     if N > 64:
         return MmaTile(8, 2, 2, 8)
-    return MmaTile(tiles, 1, 4 if wide and tiles < 8 else 2, 8)
+    if N > 32:
+        return MmaTile(4, 2, 8 if wide else 4, 8)
+    return MmaTile(tiles, 1, 4 if wide else 2, 8)
 
 
 def decode_instance(tile: StreamTile | MmaTile, E: int, k: int, dtype: Dtype) -> tuple[str, str]:
@@ -320,7 +322,7 @@ def decode_limit(E: int, K: int, dtype: Dtype) -> int:
 
     bench/results/h200-dense-router-decode-tiles.txt.
     """
-    return 192 if E * K <= 256 * 4096 and dtype == BF16 else 64
+    return 192 if E * K <= 256 * 4096 else 64
 
 
 class ProductThen:

@@ -253,7 +253,15 @@ class Router:
 
     # --------------------------------------------------------------------------------------------------- calls
 
-    def __call__(self, hidden: Any, token_ids: Any = None, *, stream: Any = None, pdl: bool = False) -> tuple[Any, Any]:
+    def __call__(
+        self,
+        hidden: Any,
+        token_ids: Any = None,
+        *,
+        out: tuple[Any, Any] | None = None,
+        stream: Any = None,
+        pdl: bool = False,
+    ) -> tuple[Any, Any]:
         """Route N tokens.
 
         No allocation, no synchronisation; a CUDA graph may capture it, and replay it after `hidden` and `token_ids`
@@ -264,12 +272,13 @@ class Router:
                 will do.
             token_ids: [N] int32 or int64, for hash routing; dense routing does not read it. An id outside the table
                 gives expert -1, weight 0.
+            out: (weights, ids) to write into instead of the router's buffers, rows may be strided.
             stream: the stream to launch on; the caller's current stream if None.
             pdl: programmatic dependent launch: the kernel ahead may write hidden, but not token_ids.
 
         Returns:
             weights: [N, top_k] float32, ids: [N, top_k] int32: views of the router's buffers in the caller's kind of
-            array. The next call overwrites them.
+            array, which the next call overwrites; or what was given as `out`.
 
         Raises:
             ArgumentError: `finalize_weights` was not called, an argument is missing or does not fit, N is too large.
@@ -281,20 +290,29 @@ class Router:
             (pointer, first), (token_pointer, second) = (
                 (None, None) if x is None else framework(x).facts(x) for x in (hidden, token_ids)
             )
-        known = self._known.get((first, second, pdl))
+        key: Hashable = (first, second, pdl)
+        pointers = [pointer] if self._kind == "dense" else [token_pointer]
+        if self._kind == "gate":
+            pointers = [pointer, token_pointer]
+        if out is not None:
+            results = [framework(x).facts(x) for x in out]
+            pointers += [pointer for pointer, _ in results]
+            key = (key, *[facts for _, facts in results])
+        known = self._known.get(key)
         if known is None:
-            known = self._learn((first, second, pdl), hidden, token_ids, pdl)
+            known = self._learn(key, hidden, token_ids, out, pdl)
         if known.ready is not None:
-            pointers = {"dense": [pointer], "gate": [pointer, token_pointer], "uniform": [token_pointer]}[self._kind]
             if known.emulated:
                 arrays = {"dense": [hidden], "gate": [hidden, token_ids], "uniform": [token_ids]}[self._kind]
-                known.ready.launch(pointers, 0, [view(x) for x in arrays])
+                known.ready.launch(pointers, 0, [view(x) for x in (*arrays, *(out or ()))])
             else:
                 handle = known.stream(known.index) if stream is None else stream_handle(stream)
                 known.ready.launch(pointers, handle)
-        return known.results
+        return known.results if out is None else out
 
-    def _learn(self, key: Hashable, hidden: Any, token_ids: Any, pdl: bool) -> _Known:
+    def _learn(
+        self, key: Hashable, hidden: Any, token_ids: Any, out: tuple[Any, Any] | None, pdl: bool
+    ) -> _Known:
         """Check a call of a new kind completely and remember what it needs."""
         if not self._final:
             raise ArgumentError("Router: the weights are not final; call finalize_weights first")
@@ -306,7 +324,13 @@ class Router:
         axes = {"hidden": f"N {self.hidden_size}", "token_ids": "N"}
         dtypes = {"hidden": (BF16,), "token_ids": (I32, I64)}
         views = {name: view(given[name]) for name in wanted}
-        N = match("Router", **{n: Arg(v, axes[n], dtypes[n], rows=n == "hidden") for n, v in views.items()})["N"]
+        args = {name: Arg(v, axes[name], dtypes[name], rows=name == "hidden") for name, v in views.items()}
+        if out is not None:
+            if len(out) != 2:
+                raise ArgumentError(f"Router: out has {len(out)} arrays; give (weights, ids)")
+            for name, x, dtype in zip(("weights", "ids"), out, (F32, I32), strict=True):
+                args[name] = Arg(view(x), f"N {self.top_k}", dtype, rows=True, output=True)
+        N = match("Router", **args)["N"]
         for name, v in views.items():
             if (v.device == "cuda") != (self.device.kind == "cuda") or v.index != self.device.index:
                 raise ArgumentError(f"Router: {name} is on {v.on}, the router on {self.device!r}")
@@ -319,48 +343,60 @@ class Router:
         token = views["token_ids"].dtype if "token_ids" in views else None
         home = framework(hidden if hidden is not None else token_ids)
         results = tuple(home.adopt(self._arrays[name][:N]) for name in ("weights", "ids"))
-        ready = self._prepare(N, pitch, token, pdl) if N else None
+        strides = None if out is None else (args["weights"].view.strides[0], args["ids"].view.strides[0])
+        ready = self._prepare(N, pitch, token, pdl, strides) if N else None
         known = _Known(ready, (results[0], results[1]), home.stream, self.device.index, self.device.kind == "emulator")
         if len(self._known) >= MAX_PLANS:
             self._known.clear()
         self._known[key] = known
         return known
 
-    def _prepare(self, N: int, pitch: int, token: np.dtype[Any] | None, pdl: bool) -> Launch:
-        """The launch for N tokens whose hidden rows are `pitch` elements apart, its own arrays filled in."""
+    def _prepare(
+        self, N: int, pitch: int, token: np.dtype[Any] | None, pdl: bool, out: tuple[int, int] | None = None
+    ) -> Launch:
+        """The launch for N tokens whose hidden rows are `pitch` elements apart, the router's own arrays filled in.
+
+        out: elements between rows of weights and ids that each call gives; None: the router's buffers.
+        """
         on, E, K, k, scale = self.device, self.num_experts, self.hidden_size, self.top_k, self.routed_scaling_factor
         own = {name: view(array) for name, array in self._arrays.items()}
 
-        def address(name: str) -> np.uint64:
+        def address(name: str) -> Any:
             return np.uint64(own[name].ptr)
 
+        results = (address("weights"), address("ids")) if out is None else (POINTER, POINTER)
+        w_stride, i_stride = out or (k, k)
         if self._kind == "uniform":
             assert token is not None
-            addresses: tuple[Any, ...] = (POINTER, address("hash_lut"), address("weights"), address("ids"))
-            return ops.prepare_hash_router(on, N, self.vocab_size or 0, k, (token, I32), addresses, pdl=pdl)
+            addresses: tuple[Any, ...] = (POINTER, address("hash_lut"), *results)
+            V, dtypes = self.vocab_size or 0, (token, I32)
+            return ops.prepare_hash_router(on, N, V, k, dtypes, addresses, strides=(w_stride, i_stride), pdl=pdl)
         product = self._product if self._whole_product(N) else None
         shape, early = (N, E, K, pitch, E), N <= dense.PREFILL_PDL_LIMIT
         if self._kind == "dense":
             if product is not None:
-                then = ops.prepare_activation_topk(on, N, E, k, scale, wide=E % 4 == 0, pdl=early)
-                fixed = [own[name] for name in ("e_bias", "weights", "ids", "logits")]
-                return dense.ProductThen(product, self._parts, shape, then, (4, 1, 2, 3), fixed)
+                strides = (E, w_stride, i_stride)
+                then = ops.prepare_activation_topk(on, N, E, k, scale, wide=E % 4 == 0, strides=strides, pdl=early)
+                fixed = [own[name] for name in (*(() if out else ("weights", "ids")), "e_bias", "logits")]
+                return dense.ProductThen(product, self._parts, shape, then, (4, 3, 1, 2), fixed)
             names = ("W_gate", "e_bias", "workspace")
-            addresses = (POINTER, *map(address, names), np.uint64(0), address("weights"), address("ids"))
-            dtype = own["W_gate"].dtype
-            strides = (pitch, E, k, k)
-            return dense.prepare_dense_router_decode(on, N, E, K, k, scale, dtype, addresses, strides=strides, pdl=pdl)
+            addresses = (POINTER, *map(address, names), np.uint64(0), *results)
+            return dense.prepare_dense_router_decode(
+                on, N, E, K, k, scale, own["W_gate"].dtype, addresses, strides=(pitch, E, w_stride, i_stride), pdl=pdl
+            )
         assert token is not None
         V = self.vocab_size or 0
         if product is not None:
-            then = hash_gate.prepare_hash_gate_from_logits(on, N, E, k, V, scale, (token, I32), pdl=early)
-            fixed = [own[name] for name in ("hash_lut", "weights", "ids", "logits")]
-            return dense.ProductThen(product, self._parts, shape, then, (5, 1, 2, 3, 4), fixed)
-        addresses = (POINTER, address("W_gate"), POINTER, address("hash_lut"), address("weights"), address("ids"))
-        dtypes = (own["W_gate"].dtype, token, I32)
+            then = hash_gate.prepare_hash_gate_from_logits(
+                on, N, E, k, V, scale, (token, I32), strides=(E, w_stride, i_stride), pdl=early
+            )
+            fixed = [own[name] for name in (*(() if out else ("weights", "ids")), "hash_lut", "logits")]
+            return dense.ProductThen(product, self._parts, shape, then, (5, 1, 4, 2, 3), fixed)
+        addresses = (POINTER, address("W_gate"), POINTER, address("hash_lut"), *results)
         return hash_gate.prepare_hash_gate(
-            on, N, E, K, k, V, scale, dtypes, addresses, strides=(pitch, k, k), pdl=pdl
-        )
+            on, N, E, K, k, V, scale, (own["W_gate"].dtype, token, I32), addresses,
+            strides=(pitch, w_stride, i_stride), pdl=pdl,
+        )  # fmt: skip
 
 
 def _device(which: Device | str | None) -> Device:

@@ -19,7 +19,7 @@ def gate(rng, N, E, K, dtype=BF16, size=2.0):
 def units(N, E, K, dtype):
     """Bound of the logits' error of dense_router_decode, in UNITs of the sum of magnitudes."""
     tile = dense.decode_tile(N, E, K, dtype)
-    if isinstance(tile, dense.StreamTile):  # a thread's products one after another, lanes by a butterfly, warps in order
+    if isinstance(tile, dense.StreamTile):  # a thread's products in turn, lanes by a butterfly, warps in order
         return -(-(K // 8) // (32 * tile.warps)) * 8 + 5 + tile.warps
     split = 8 // tile.groups
     steps = -(-(K // 32) // (tile.cluster * split)) + 1  # a warp's chain of mma: two a step, three times that for float

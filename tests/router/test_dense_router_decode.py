@@ -24,9 +24,9 @@ def check(device, hidden, w_gate, bias, k=6, scale=2.5, **options):
     return weights, ids
 
 
-# Each choice of a kernel: streams of 1, 2, 4 tokens and two blocks of them; tiles of 8 to 64 tokens, two blocks of those.
+# Each choice of a kernel: streams of 1, 2, 4 tokens, two blocks of them; 1, 2, 4, 8 tiles of 8 tokens, two blocks.
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "float"])
-@pytest.mark.parametrize("N", [1, 2, 3, 7, 13, 30, 64, 70])
+@pytest.mark.parametrize("N", [1, 2, 3, 7, 13, 30, 41, 70])
 def test_matches_oracle(device, rng, N, dtype):
     check(device, *gate(rng, N, 256, 512, dtype), 6, 1.5)
 
@@ -46,7 +46,9 @@ def test_the_models_shapes_with_more_tokens(device, rng, N, E, K):
 
 # k from one to the limit; E one, not a multiple of anything, past a warp's step, the limit; K the least, odd multiples.
 @pytest.mark.parametrize("N", [1, 5, 20])
-@pytest.mark.parametrize(("k", "E", "K"), [(1, 1, 64), (6, 6, 192), (2, 61, 64), (8, 129, 320), (16, 257, 448), (16, 512, 64)])
+@pytest.mark.parametrize(
+    ("k", "E", "K"), [(1, 1, 64), (6, 6, 192), (2, 61, 64), (8, 129, 320), (16, 257, 448), (16, 512, 64)]
+)
 def test_any_shape(device, rng, N, k, E, K):
     check(device, *gate(rng, N, E, K), k)
 
