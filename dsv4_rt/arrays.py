@@ -184,7 +184,9 @@ class _Torch(_Own):
         return self._torch.empty(shape, dtype=self._results[dtype], device=where)
 
     def adopt(self, owned: Any) -> Any:
-        return self._torch.utils.dlpack.from_dlpack(owned)
+        # A capsule, because from_dlpack(owned) would have the producer wait for a stream; -1 asks it not to.
+        capsule = owned.__dlpack__() if isinstance(owned, np.ndarray) else owned.__dlpack__(stream=-1)
+        return self._torch.utils.dlpack.from_dlpack(capsule)
 
     def stream(self, index: int) -> int:
         if self._raw_stream is not None:

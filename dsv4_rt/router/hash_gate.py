@@ -108,7 +108,7 @@ def hash_gate_instance(N: int, K: int, k: int, weight: Dtype, token: Dtype, entr
     All of a row in flight where the registers suffice: 96 for weights; bench/results/h200-hash-gate-tiles.txt.
     """
     chunks = 2 if k * 2 * (4 if weight == BF16 else 8) <= 96 else 1
-    warps = 14 if K > 4096 and N <= 132 and k <= 8 else 8
+    warps = 14 if K > 4096 and N <= 64 and k <= 8 else 8
     types = f"{_C_WEIGHT[weight]}, {_C_INT[token]}, {_C_INT[entry]}"
     return f"hash_gate<{types}, {k}, {chunks}, {warps}>", warps
 

@@ -112,7 +112,8 @@ dense_router_decode(const bf16*  hidden,                   // [N, K]  rows hidde
         }
     __syncthreads();
 
-    // The first warp stores the logits and takes the ticket.
+    // The first warp stores the logits and takes the ticket. Of one token it goes on alone.
+    bool came_last = false;
     if (warp == 0) {
         const int n = n0 + lane / EXPERTS, e = e0 + lane % EXPERTS;
         if (lane < TOKENS * EXPERTS && n < N && e < E) {
@@ -123,10 +124,15 @@ dense_router_decode(const bf16*  hidden,                   // [N, K]  rows hidde
             if (logits) logits[n * logits_stride + e] = logit;
         }
         __syncwarp();
-        if (lane == 0) last = count_up_to(exchange.ticket + blockIdx.y, gridDim.x - 1) == gridDim.x - 1;
+        if (lane == 0) came_last = count_up_to(exchange.ticket + blockIdx.y, gridDim.x - 1) == gridDim.x - 1;
+        came_last = __shfl_sync(ALL_LANES, came_last, 0);
+        if (TOKENS > 1 && lane == 0) last = came_last;
     }
-    __syncthreads();
-    if (!last || warp >= TOKENS || n0 + warp >= N) return;
+    if constexpr (TOKENS > 1) {
+        __syncthreads();
+        came_last = last;
+    }
+    if (!came_last || warp >= TOKENS || n0 + warp >= N) return;
     route_row<TOP, ITEMS>(exchange, bias, scratch[warp], n0 + warp, E, lane, scale, weights, ids, weights_stride,
                           ids_stride);
 }

@@ -106,6 +106,7 @@ def test_two_graphs_of_two_routers_interleaved(gpu, rng, N):
         stream.synchronize()
         check_dense(got, *inputs)
         first.append([x.copy() for x in got])
+    gpu.synchronize()  # the copies were made on another stream
     for _ in range(1000):
         for (stream, graph, got, *_), want, bad in zip(pairs, first, wrong, strict=True):
             with stream:
