@@ -43,7 +43,7 @@ def dense_rows(bench, model, N, timing, torch_calls):
     launches = 40 if N <= 512 else 8
     sets = list(gate_sets(shape, N, launches))
     product, space = dsv4_rt.GateProduct(bench.device), dense.new_workspace(E, max(N, 64))
-    one_launch = dense.decode_limit(E, H, BF16) >= N
+    one_launch = dense.decode_limit(BF16) >= N
 
     def fused(i, stream=None, pdl=False):
         hidden, w_gate, bias, out, _ = sets[i]
@@ -148,7 +148,10 @@ def hash_rows(bench, model, N, timing):
         want = reference.hash_gate(x, w, ids.get(), table.get(), scale)
         magnitude = reference.gate_logits(x, w).magnitude
         error = max(error, reference.check_hash_gate(out[0].get(), out[1].get(), want, magnitude, 64))
-    host = bench.host_time(lambda: gather(0))
+    router = dsv4_rt.Router.for_layer(model, 0)
+    router.load_weights(sets[0][1], None, table)
+    router.finalize_weights()
+    host = bench.host_time(lambda: router(sets[0][0], tokens[0]))
     nbytes = N * (4 + 4 * K) + 2 * N * H + 2 * H * min(N * K, E) + 8 * N * K
     return {
         "case": f"hash_gate {model}",

@@ -254,9 +254,8 @@ def readme_table(facts, rows):
         f"node takes {f['empty_node_us']:.2f} us, the read roof is {f['read_roof_TBps']:.2f} TB/s in the same run and "
         f"gives the byte floor. k = {K}. PDL: with programmatic dependent launch (`pdl=True`); comparisons are "
         "without. The second table starts at the hidden states: flash has 4096 channels and 256 experts, pro 7168 and "
-        "384; the second kernel is activation_topk or hash_gate_from_logits, and Router leaves hash_gate for that pair above "
-        f"{HASH_GATE_LIMIT} tokens. Written by `python bench/router.py "
-        "--readme`.",
+        "384; the second kernel is activation_topk or hash_gate_from_logits, and Router leaves hash_gate for that pair "
+        f"above {HASH_GATE_LIMIT} tokens. Written by `python bench/router.py --readme`.",
     ]
     return "\n".join(lines)
 

@@ -317,12 +317,14 @@ _DENSE_ROUTER_DECODE = Operation(
 PREFILL_PDL_LIMIT = 512
 
 
-def decode_limit(E: int, K: int, dtype: Dtype) -> int:
-    """Up to how many tokens dense_router_decode is ahead of dense_router_prefill.
+def decode_limit(dtype: Dtype) -> int:
+    """Up to how many tokens a Router takes dense_router_decode, and above it dense_router_prefill.
 
-    bench/results/h200-dense-router-decode-tiles.txt.
+    With bfloat16 weights 128 tokens take 8.5 us by one launch and 8.1 by two (flash; 12.5 and 10.0: pro). Float weights
+    are three products for cuBLAS, and one launch takes 10.8 us (16.4) for 128 tokens. H200, programmatic dependent
+    launch; bench/results/h200-dense-router-decode-tiles.txt.
     """
-    return 192 if E * K <= 256 * 4096 else 64
+    return 64 if dtype == BF16 else 128
 
 
 class ProductThen:

@@ -197,7 +197,7 @@ class Router:
         self._put("weights", np.zeros((N, k), np.float32))
         self._put("ids", np.zeros((N, k), np.int32))
         if self._kind == "dense":
-            limit = min(N, dense.decode_limit(E, self.hidden_size, self._host["W_gate"].dtype))
+            limit = min(N, dense.decode_limit(self._host["W_gate"].dtype))
             self._put("workspace", np.zeros(dense.workspace_words(E, limit), np.int32))
         if self._whole_product(N):
             if self._product is None:
@@ -232,7 +232,7 @@ class Router:
         if self._kind == "gate":
             return N > hash_gate.HASH_GATE_LIMIT
         dtype = self._arrays["W_gate"].dtype
-        return N > dense.decode_limit(self.num_experts, self.hidden_size, dtype)
+        return N > dense.decode_limit(dtype)
 
     def _warm_up(self) -> None:
         """Load the kernel of every choice a number of tokens can lead to; let cuBLAS load those of common sizes."""

@@ -6,7 +6,8 @@
 // Source    DeepSeek-V4 inference reference, model.py: Gate.forward.
 // Numerics  logits in fp32: each thread adds its products by fma in the order of the channels, then lanes by a butterfly,
 //           then warps in order; |error| <= (8 * CHUNKS * rounds + 5 + WARPS) * 2^-24 * sum_c |hidden * w_gate|. The
-//           rule's own bounds are in gate.cuh. The same bits on every run and for every N; not for every launch shape.
+//           rule's own bounds are in gate.cuh. The same bits on every run and in any place of a batch; not for every
+//           launch shape.
 // Work      a block has EXPERTS whole rows of w_gate, in flight at once in the registers of its WARPS warps: CHUNKS * 8
 //           channels of each row a thread, in rounds if that is not all of K. It stores its logits of TOKENS tokens; the
 //           last block of these tokens routes them, a warp a token (gate_exchange.cuh).
@@ -112,8 +113,7 @@ dense_router_decode(const bf16*  hidden,                   // [N, K]  rows hidde
         }
     __syncthreads();
 
-    // The first warp stores the logits and takes the ticket. Of one token it goes on alone.
-    bool came_last = false;
+    // The first warp stores the logits and takes the ticket.
     if (warp == 0) {
         const int n = n0 + lane / EXPERTS, e = e0 + lane % EXPERTS;
         if (lane < TOKENS * EXPERTS && n < N && e < E) {
@@ -124,15 +124,10 @@ dense_router_decode(const bf16*  hidden,                   // [N, K]  rows hidde
             if (logits) logits[n * logits_stride + e] = logit;
         }
         __syncwarp();
-        if (lane == 0) came_last = count_up_to(exchange.ticket + blockIdx.y, gridDim.x - 1) == gridDim.x - 1;
-        came_last = __shfl_sync(ALL_LANES, came_last, 0);
-        if (TOKENS > 1 && lane == 0) last = came_last;
+        if (lane == 0) last = count_up_to(exchange.ticket + blockIdx.y, gridDim.x - 1) == gridDim.x - 1;
     }
-    if constexpr (TOKENS > 1) {
-        __syncthreads();
-        came_last = last;
-    }
-    if (!came_last || warp >= TOKENS || n0 + warp >= N) return;
+    __syncthreads();
+    if (!last || warp >= TOKENS || n0 + warp >= N) return;
     route_row<TOP, ITEMS>(exchange, bias, scratch[warp], n0 + warp, E, lane, scale, weights, ids, weights_stride,
                           ids_stride);
 }

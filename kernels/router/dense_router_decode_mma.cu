@@ -7,7 +7,9 @@
 // Numerics  products of bf16 are exact in fp32. A float weight is the sum of three bf16, exactly, and takes three
 //           products (|w| at least 2^-100 or 0, and finite). Sums are the tensor core's, 16 products at a time, over
 //           the channels of a warp; then over warps and over the blocks of a cluster by fp32 additions in order. The
-//           same bits on every run and for every N; not for every launch shape.
+//           same bits on every run and in any place of a batch; not for every launch shape. A sum of 16 products loses
+//           at most 17 * 2^-25 + 2^-23 of its magnitudes: |error| <= (21 m + 8 / GROUPS + C) * 2^-24 * sum_c |hidden *
+//           w_gate| with m steps of 32 channels a warp, three times 21 for float weights.
 // Work      a cluster has 16 * GROUPS experts, each of its C blocks a part of the channels, each warp 16 of the experts
 //           and a part of those channels:
 //

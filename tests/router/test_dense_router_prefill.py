@@ -23,9 +23,19 @@ def product(device):
 @pytest.mark.parametrize(("N", "E", "K"), [(1, 61, 64), (100, 256, 512), (257, 384, 192)])
 def test_matches_oracle(device, product, rng, N, E, K):
     hidden, w_gate, bias = gate(rng, N, E, K)
-    weights, ids = dense_router_prefill(*(device.array(x) for x in (hidden, w_gate, bias)), 6, 1.5, product=product)
-    weights, ids = device.numpy(weights), device.numpy(ids)
+    inputs = [device.array(x) for x in (hidden, w_gate, bias)]
+    out = (device.array(np.full((N, 6), np.nan, np.float32)), device.array(np.full((N, 6), -7, np.int32)))
+    logits = device.array(np.full((N, -(-E // 4) * 4), np.nan, np.float32))[:, :E]
+    dense_router_prefill(*inputs, 6, 1.5, product=product, logits=logits, out=out)
+    weights, ids = (device.numpy(x) for x in out)
     reference.check_dense_router(weights, ids, hidden, w_gate, bias, 6, 1.5, product_units(K))
+
+
+def test_allocates_its_results_if_none_are_given(device, product, rng):
+    hidden, w_gate, bias = gate(rng, 9, 64, 128)
+    inputs = [device.array(x) for x in (hidden, w_gate, bias)]
+    weights, ids = (device.numpy(x) for x in dense_router_prefill(*inputs, product=product))
+    reference.check_dense_router(weights, ids, hidden, w_gate, bias, 6, 2.5, product_units(128))
 
 
 def test_keeps_logits_and_writes_only_its_own(device, product, rng, guarded):

@@ -35,7 +35,7 @@ def states(rng, N, K=K):
 
 def check_dense(got, hidden, w_gate, bias):
     N = len(hidden)
-    limit = dense.decode_limit(E, K, w_gate.dtype)
+    limit = dense.decode_limit(w_gate.dtype)
     bound = units(N, E, K, w_gate.dtype) if N <= limit else product_units(K)
     reference.check_dense_router(got[0].get(), got[1].get(), hidden, w_gate, bias, 6, 2.5, bound)
 
@@ -46,6 +46,7 @@ def test_captured_without_a_call_before_and_replayed_with_other_inputs(gpu, rng,
 
     router, w_gate, bias = dense_router(rng)
     hidden = gpu.array(states(rng, N))
+    gpu.synchronize()  # the copy was made on another stream
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
         stream.begin_capture()
@@ -66,6 +67,7 @@ def test_token_ids_change_between_replays(gpu, rng, N):
 
     router, w_gate, table = hash_router(rng)
     hidden, tokens = gpu.array(states(rng, N)), gpu.array(np.zeros(N, np.int64))
+    gpu.synchronize()  # the copies were made on another stream
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
         stream.begin_capture()
@@ -87,9 +89,10 @@ def test_two_graphs_of_two_routers_interleaved(gpu, rng, N):
     """Each router has tickets of its own: however the two interleave, nobody waits for, or counts, another's blocks."""
     import cupy
 
-    pairs = []
+    pairs, kept = [], []
     for _ in range(2):
         router, w_gate, bias = dense_router(rng)
+        kept.append(router)
         hidden = states(rng, N)
         stream = cupy.cuda.Stream(non_blocking=True)
         with stream:
@@ -99,6 +102,7 @@ def test_two_graphs_of_two_routers_interleaved(gpu, rng, N):
             got = router(array, pdl=True)
             graph = stream.end_capture()
         pairs.append((stream, graph, got, hidden, w_gate, bias))
+        kept.append(array)  # the graph reads it
     wrong = [cupy.zeros(1, np.int32) for _ in pairs]
     first = []
     for stream, graph, got, *inputs in pairs:
@@ -141,13 +145,13 @@ def test_calls_allocate_nothing(gpu, rng):
     by_hash, _, _ = hash_router(rng)
     inputs = [(gpu.array(states(rng, N)), gpu.array(rng.integers(0, V, N))) for N in (1, 64, 300, 2000)]
     pool = cupy.get_default_memory_pool()
-    before = pool.used_bytes(), pool.total_bytes(), cupy.cuda.runtime.memGetInfo()[0]
+    before = pool.used_bytes(), pool.total_bytes()
     for _ in range(3):
         for hidden, tokens in inputs:
             router(hidden)
             by_hash(hidden, tokens)
     gpu.synchronize()
-    assert (pool.used_bytes(), pool.total_bytes(), cupy.cuda.runtime.memGetInfo()[0]) == before
+    assert (pool.used_bytes(), pool.total_bytes()) == before
 
 
 def test_torch_tensors_in_a_torch_graph(gpu, rng, torch):
