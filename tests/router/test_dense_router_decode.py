@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from gates import gate, units
 
-from dsv4_rt import ArgumentError, activation_topk, dense_router_decode
+from dsv4_rt import ArgumentError, activation_topk, dense_router_decode, use_device
+from dsv4_rt.emulated_device import EmulatedDevice
 from dsv4_rt.formats import BF16, F32
 from dsv4_rt.router import dense
 from dsv4_rt.router.reference import UNIT, check_dense_router, gate_logits
@@ -78,6 +79,28 @@ def test_keeps_its_logits_if_asked(device, rng, guarded, N, dtype):
     assert np.array_equal(device.numpy(again[0]).view(np.uint32), weights.view(np.uint32))
     assert np.array_equal(device.numpy(again[1]), ids)
     assert kept.intact()
+
+
+@pytest.mark.parametrize("N", [2, 9, 40])
+def test_all_bits_of_a_float_weight_count(device, N):
+    """1 + 2^-10 + 2^-20 is three bfloat16 parts. Here the first two cancel, exactly, whatever the order."""
+    hidden = np.zeros((N, 128), BF16)
+    hidden[:, 5], hidden[:, 77] = 1, -1
+    w_gate = np.zeros((32, 128), np.float32)
+    w_gate[:, 5], w_gate[:, 77] = 1 + 2.0**-10 + 2.0**-20, 1 + 2.0**-10
+    kept = device.array(np.full((N, 32), np.nan, np.float32))
+    run(device, hidden, w_gate, np.zeros(32, np.float32), logits=kept)
+    assert (device.numpy(kept) == 2.0**-20).all()
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize("order", ["min-pc", "random", "reverse"])
+@pytest.mark.parametrize("N", [3, 12, 40])
+def test_every_order_of_warps_and_no_race(rng, N, order, arch):
+    """Under a watch on global memory: the last block has synchronised with every block whose logits it reads."""
+    device = EmulatedDevice(arch, order=order, seed=int(rng.integers(2**31)), check_global_writes=True)
+    with use_device(device):
+        check(device, *gate(rng, N, 70, 128))
 
 
 @pytest.mark.parametrize("N", [4, 16])

@@ -116,6 +116,7 @@ def test_finalize_again_recovers_from_a_launch_cut_short(device, rng):
     router(hidden)  # some block takes itself for the last too early
     assert device.numpy(router._arrays["workspace"])[: dense.TICKETS].any()
     router.finalize_weights()
+    assert not device.numpy(router._arrays["workspace"])[: dense.TICKETS].any()
     weights, ids = router(hidden)
     assert np.array_equal(device.numpy(weights), right[0])
     assert np.array_equal(device.numpy(ids), right[1])
