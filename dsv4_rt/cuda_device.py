@@ -261,7 +261,8 @@ class CudaDevice:
         def code(kind: str, name: str) -> Any:
             return getattr(getattr(cu, f"CUtensorMap{kind}"), f"CU_TENSOR_MAP_{name}")
 
-        sizes = [[cu.cuuint64_t(n) for n in fields[name]] for name in ("shape", "strides")]
+        strides = fields["strides"] or (16,)  # of one axis nobody reads them, but a null pointer is refused
+        sizes = [[cu.cuuint64_t(n) for n in each] for each in (fields["shape"], strides)]
         sizes += [[cu.cuuint32_t(n) for n in fields[name]] for name in ("box", "element_strides")]
         fill = "NONE" if fields["oob_fill"] == "zero" else "NAN_REQUEST_ZERO_FMA"
         promotion = fields["l2_promotion"]

@@ -61,10 +61,11 @@ class Outcome:
     buffers: list[dict[str, Any]] = field(default_factory=list)
     trace: list[str] = field(default_factory=list)
     trace_dropped: int = 0
+    cluster: tuple[int, int, int] | None = None
 
     def as_json(self) -> dict[str, Any]:
-        names = "file arch kernel grid block shared order seed seconds fault buffers trace trace_dropped".split()
-        found: dict[str, Any] = {name: getattr(self, name) for name in names} | {"ok": self.fault is None}
+        names = "file arch kernel grid block cluster shared order seed seconds fault buffers trace trace_dropped"
+        found: dict[str, Any] = {name: getattr(self, name) for name in names.split()} | {"ok": self.fault is None}
         if self.report is not None:
             for name in ("instructions", "warp_instructions", "ctas", "threads"):
                 found[name] = getattr(self.report, name)
@@ -78,6 +79,7 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--kernel", metavar="NAME", help="the entry, or a part of its name; of a .cu, a name expression")
     sub.add_argument("--list", action="store_true", help="print the entries with their parameters and run nothing")
     sub.add_argument("--grid", type=_sizes, default=(1, 1, 1), metavar="X[,Y[,Z]]", help="CTAs (default: 1)")
+    sub.add_argument("--cluster", type=_sizes, metavar="X[,Y[,Z]]", help="CTAs a cluster; default: as the kernel says")
     sub.add_argument("--block", type=_sizes, metavar="X[,Y[,Z]]", help="threads; default: what the kernel requires")
     sub.add_argument(
         "--arg", action="append", default=[], metavar="SPEC", help=f"one for each parameter: {emulate_args.FORMS}"
@@ -242,11 +244,14 @@ def run(options: argparse.Namespace, write: Callable[[str], object] | None = Non
     placed = emulate_args.place(arguments, machine.memory)
     params = emulate_args.pack(arguments, placed, entry.params, entry.param_bytes)
     outcome = Outcome(
-        options.file, program.arch, kernel, options.grid, block, options.shared, options.order, options.seed
-    )
+        options.file, program.arch, kernel, options.grid, block, options.shared, options.order, options.seed,
+        cluster=options.cluster or entry.cluster,
+    )  # fmt: skip
     start = time.perf_counter()
     try:
-        outcome.report = machine.launch(module, kernel, options.grid, block, params, dynamic_shared=options.shared)
+        outcome.report = machine.launch(
+            module, kernel, options.grid, block, params, dynamic_shared=options.shared, cluster=options.cluster
+        )
     except (KernelFault, Deadlock) as error:
         outcome.fault = str(error)
     except UnsupportedInstruction:

@@ -24,6 +24,7 @@ from dsv4_rt.errors import ArgumentError
 
 MAX_RANK = 5
 MAX_BOX = 256  # elements along an axis
+MAX_BOX_BYTES = 228 * 1024
 MAX_ELEMENT_STRIDE = 8
 # Element types by their names in PTX: bits, and what an array may hold for them.
 DTYPES = {
@@ -161,6 +162,8 @@ class TensorMap:
                 refuse(f"axis {axis} steps {stride} B; TMA takes multiples of 16 below 2^40: pad the rows of the array")
         if self.box[-1] * bits % 128:
             refuse(f"a row of the box has {self.box[-1] * bits / 8:g} B; it must be a multiple of 16")
+        if self.transaction_bytes > MAX_BOX_BYTES:
+            refuse(f"the box has {self.transaction_bytes:,} B; TMA takes at most {MAX_BOX_BYTES:,}")
         widest = SWIZZLES[self.swizzle]
         if widest and self.row_bytes > widest:
             refuse(f"a row of the box has {self.row_bytes} B; swizzle {self.swizzle} takes at most {widest}")

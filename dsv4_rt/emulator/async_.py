@@ -93,6 +93,8 @@ class Op:
     sources: Completion | None = None  # who knows that the sources have been read
     results: Completion | None = None  # who knows that the results are there
     entries: list[Entry] = field(default_factory=list)  # of `writes`, then of `reads`
+    lanes: Array | None = None  # of an instruction of many lanes (cp.async): each waits for its own piece
+    serials: Array | None = None  # `serial` of each of them
 
 
 class Groups:
@@ -129,8 +131,20 @@ class Engine:
             groups = self._groups(op.group)
             op.serial = int(groups.committed[op.lane])
             groups.ops.append(op)
+        self.schedule(op)
+
+    def issue_pieces(self, op: Op, lanes: Array, places: Array, size: int) -> None:
+        """Start an op of many lanes that writes `size` bytes at a position of shared memory for each."""
+        self.flight.claim_pieces(op, lanes, places, size)
+        groups = self._groups(op.group)
+        op.lanes, op.serials = lanes, groups.committed[lanes]
+        groups.ops.append(op)
+        self.schedule(op)
+
+    def schedule(self, op: Op) -> None:
+        """Hand an op to the schedule, without checks."""
         if self.completion == "early":
-            self._finish(op)
+            self.finish(op)
         else:
             self.queue.append(op)
 
@@ -146,13 +160,13 @@ class Engine:
         if not self.queue:
             return False
         op = self.dice.choice(self.queue) if self.completion == "random" else self.queue[0]
-        self._finish(op)
+        self.finish(op)
         return True
 
     def drain(self) -> None:
         """Complete everything."""
         while self.queue:
-            self._finish(self.queue[0])
+            self.finish(self.queue[0])
 
     def _advance(self, op: Op) -> None:
         """Read, or write and signal."""
@@ -161,6 +175,8 @@ class Engine:
                 op.data = op.read()
                 op.state = READ
                 return
+            if self.batch.clusters is not None:
+                self.batch.clusters.check_targets(op)
             op.write(op.data)
         except LaneFault as error:
             raise self.batch.fault(error.what, self.instr(op.line), np.array([op.lane])) from None
@@ -172,7 +188,8 @@ class Engine:
         if op.signal is not None:
             op.signal()
 
-    def _finish(self, op: Op, read_only: bool = False) -> None:
+    def finish(self, op: Op, read_only: bool = False) -> None:
+        """Run an op now, or only its read; what it must come after first."""
         chain = [op]
         while chain[-1].after is not None and chain[-1].after.state != DONE:
             chain.append(chain[-1].after)
@@ -186,7 +203,7 @@ class Engine:
         """Complete ops (their reads only, if so asked); the lanes know it from now on."""
         known: list[Completion] = []
         for op in ops:
-            self._finish(op, read_only)
+            self.finish(op, read_only)
             known += [each for each in (op.sources, None if read_only else op.results) if each is not None]
         if known:
             self.flight.observe(known, lanes)
@@ -208,17 +225,58 @@ class Engine:
             return
         waits = np.zeros(self.batch.nlanes, np.bool_)
         waits[lanes] = True
+        if groups.ops[0].lanes is not None:
+            self._wait_pieces(groups, waits, n)
+            return
         due = [op for op in groups.ops if waits[op.lane] and op.serial < groups.committed[op.lane] - n]
         for op in due:
             self.wait([op], np.array([op.lane]), read)
         if not read:
             groups.ops = [op for op in groups.ops if op not in due]
 
+    def _wait_pieces(self, groups: Groups, waits: Array, n: int) -> None:
+        limit = groups.committed - n
+        left = []
+        for op in groups.ops:
+            assert op.lanes is not None
+            assert op.serials is not None
+            due = waits[op.lanes] & (op.serials < limit[op.lanes])
+            if due.any():
+                self.finish(op)
+                chosen = np.zeros(self.batch.nlanes, np.bool_)
+                chosen[op.lanes[due]] = True
+                self.flight.waited(op, chosen)
+                if due.all():
+                    continue
+                op.lanes, op.serials = op.lanes[~due], op.serials[~due]
+            left.append(op)
+        groups.ops = left
+
+    def release_pieces(self, kind: str, lanes: Array) -> list[Op]:
+        """Take what the lanes have issued and not waited for out of their groups; returns the ops it belongs to."""
+        groups = self._groups(kind)
+        mine = np.zeros(self.batch.nlanes, np.bool_)
+        mine[lanes] = True
+        taken, left = [], []
+        for op in groups.ops:
+            assert op.lanes is not None
+            assert op.serials is not None
+            gone = mine[op.lanes]
+            if gone.any():
+                taken.append(op)
+                op.lanes, op.serials = op.lanes[~gone], op.serials[~gone]
+            if len(op.lanes):
+                left.append(op)
+        groups.ops = left
+        return taken
+
+    def wait_all(self, kind: str, lanes: Array) -> None:
+        """Wait for all ops of a kind that the lanes have issued, committed or not."""
+        self.wait_group(kind, lanes, -1)
+
     # Addresses and messages.
 
-    def locate(
-        self, lanes: Array, addr: Array, size: int, align: int, generic: bool, what: str
-    ) -> tuple[Array, Array]:
+    def locate(self, lanes: Array, addr: Array, size: int, align: int, generic: bool, what: str) -> tuple[Array, Array]:
         """(CTA of the batch, shared offset) of addresses in shared::cta, shared::cluster or generic space.
 
         Raises:
@@ -240,6 +298,8 @@ class Engine:
                 raise LaneFault(f"{what}: CTA rank {int(rank[wrong[0]])} in a cluster of {ranks}", wrong)
             cta = cta - cta % ranks + rank
             offset &= (1 << 24) - 1
+            if batch.clusters is not None:
+                batch.clusters.touch(lanes, cta)
         bad = np.nonzero((offset < SHARED_FIRST) | (offset + size > SHARED_FIRST + batch.shared.size))[0]
         if len(bad):
             raise LaneFault(

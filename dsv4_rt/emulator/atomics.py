@@ -47,7 +47,8 @@ def run(
     return result
 
 
-def _apply(op: str, ty: str, old: Array, values: tuple[Array, ...], ftz: bool) -> Array:
+def apply(op: str, ty: str, old: Array, values: tuple[Array, ...], ftz: bool) -> Array:
+    """What an atomic stores where `old` was."""
     b = values[0]
     if op == "exch":
         return b
@@ -90,7 +91,7 @@ def _update(
     starts = np.nonzero(first)[0]
     if len(starts) == n:
         old = view[at]
-        new = _apply(op, ty, old, values, ftz)
+        new = apply(op, ty, old, values, ftz)
         changed = bool((new != old).any())
         if changed:
             view[at] = new
@@ -137,7 +138,7 @@ def _by_round(
         lane = lane[lane < ends]
         place = places[lane]
         before = view[place]
-        after = _apply(op, ty, before, tuple(value[lane] for value in values), ftz)
+        after = apply(op, ty, before, tuple(value[lane] for value in values), ftz)
         old[lane] = before
         changed |= bool((after != before).any())
         view[place] = after

@@ -31,6 +31,7 @@ from dsv4_rt.emulator.ir import (
     is_cluster_wait,
     is_wait,
     is_warp_sync,
+    is_warpgroup_sync,
     sync_mask,
 )
 from dsv4_rt.emulator.mbarrier import Mbarriers
@@ -38,6 +39,7 @@ from dsv4_rt.emulator.memory import LOCAL_FIRST, LaneFault, LaneMemory
 from dsv4_rt.emulator.races import Races, RacyGeneric, RacyShared
 from dsv4_rt.emulator.report import LaunchReport, Triple, fault, where
 from dsv4_rt.emulator.watched import WatchedMemory
+from dsv4_rt.emulator.wgmma import Warpgroups
 from dsv4_rt.errors import Deadlock, EmulatorError, KernelFault, UnsupportedInstruction
 
 if TYPE_CHECKING:
@@ -153,6 +155,7 @@ class Batch:
         self.local = LaneMemory("local", self.nlanes, program.entry.frame_size + program.local_bytes, LOCAL_FIRST)
         self.engine = Engine(self, machine.completion, machine.dice)
         self.mbarriers = Mbarriers(self)
+        self.warpgroups = Warpgroups(self)
         self.generic: RacyGeneric = RacyGeneric(self.memory, self.shared, self.local)
         self.shared_base = self.shared.bases(self.cta)
         self.local_base = self.local.bases(self.all)
@@ -273,6 +276,10 @@ class Batch:
             return
         if is_wait(block.sync):
             self._wait(key, block.sync, group)
+            return
+        if is_warpgroup_sync(block.sync):
+            self._merge(self.parked, key, group)
+            self._let_go(key, self.warpgroups.complete(self.parked[key].lanes))
             return
         if is_warp_sync(block.sync):
             if group.dense and key not in self.parked and block.sync.op not in ("bar", "barrier"):
@@ -591,6 +598,8 @@ class Batch:
         except LaneFault as error:
             ins, who = self._origin(error, code.lines, lanes)
             raise self.fault(error.what, ins, who[error.bad]) from None
+        except KernelFault:  # of an asynchronous operation that ran meanwhile
+            raise
         except UnsupportedInstruction as error:
             ins, _ = self._origin(error, code.lines, lanes)
             place = where(self.program.ptx, ins, self.machine.source_roots)
@@ -636,12 +645,12 @@ class Batch:
                 self._return(key, int(to), group.lanes[back == to])
         elif block.kind in ("ret", "exit"):
             self.alive[group.lanes] = False
-            if not self.alive.any():
-                self.engine.drain()
             if self.clusters is not None:
                 wrong = self.clusters.exited(group.lanes)
                 if wrong is not None:
                     raise self.fault(wrong[0], block.end, group.lanes[self.cta[group.lanes] == wrong[1]])
+            if not self.alive.any():
+                self.engine.drain()
             self.check_parked = bool(self.parked)
             if self.parked:
                 self._recheck()
@@ -807,6 +816,8 @@ class Batch:
             here = int(collective.warp_bits(self.nlanes, group.lanes)[lane >> 5])
             living = int(collective.warp_bits(self.nlanes, np.nonzero(self.alive)[0])[lane >> 5])
             return [f"    its mask {mask:#010x} names lanes that are elsewhere: {mask & living & ~here:#010x}"]
+        if is_warpgroup_sync(sync):
+            return ["    all 128 threads of a warpgroup, four warps from a multiple of four on, must come here"]
         same = (self.cta == self.cta[lane]) & (self.at_barrier == self.at_barrier[lane])
         want = int(self.wants[lane]) or int(np.count_nonzero(self.alive & (self.cta == self.cta[lane])))
         came = int(np.count_nonzero(same)) + int(self.arrived[self.cta[lane], self.at_barrier[lane]])

@@ -23,6 +23,7 @@ from dsv4_rt.emulator.memory import SHARED_WINDOW, LaneFault, LaneMemory
 from dsv4_rt.emulator.report import Triple, where
 
 if TYPE_CHECKING:
+    from dsv4_rt.emulator.async_ import Op
     from dsv4_rt.emulator.batch import Batch
 
 Array = npt.NDArray[Any]
@@ -154,10 +155,10 @@ class Clusters:
         owner = first + rank
         away = owner != cta
         if away.any():
-            self._note(lanes, owner, away)
+            self._note(lanes, owner, away, self.batch.races.line)
         return owner, address & address.dtype.type(OFFSET)
 
-    def _note(self, lanes: Array, owner: Array, away: Array) -> None:
+    def _note(self, lanes: Array, owner: Array, away: Array, line: int) -> None:
         if self.left:
             gone = away & np.isin(owner, list(self.left))
             if gone.any():
@@ -168,16 +169,24 @@ class Clusters:
                     "exit keeps it",
                     bad,
                 )
-        line = self.batch.races.line
         for each in np.unique(owner[away]).tolist():
             self.remote[each] = (line, int(lanes[np.argmax(away & (owner == each))]))
 
-    def remote_write(self, cta: int, lane: int, line: int) -> None:
-        """An asynchronous operation writes or signals in the shared memory of a CTA, on behalf of a lane."""
-        if cta in self.left:
-            rank = cta % self.size
+    def touch(self, lanes: Array, owner: Array, line: int = 0) -> None:
+        """An instruction, on a line of the PTX if it is known, names the shared memory of CTAs of the batch."""
+        away = owner != self.batch.cta[lanes]
+        if away.any():
+            self._note(lanes, owner, away, line)
+
+    def check_targets(self, op: Op) -> None:
+        """An asynchronous operation is about to write: other CTAs it writes to must not have exited."""
+        if not self.left:
+            return
+        ctas = {span.cta for span in op.writes} | {at // self.batch.shared.stride for at, _ in op.barriers}
+        for cta in sorted((ctas & self.left) - {int(self.batch.cta[op.lane])}):
             raise LaneFault(
-                f"asynchronous operation reaches the shared memory of rank {rank}, whose CTA has exited", np.array([0])
+                f"an asynchronous {op.kind} writes to shared memory of rank {cta % self.size}, whose CTA has exited",
+                np.zeros(1, I64),
             )
 
     def observed(self, lanes: Array) -> None:
@@ -200,9 +209,10 @@ class Clusters:
             ins = next((i for block in batch.program.blocks for i in block.instrs if i.line == line), None)
             place = where(batch.program.ptx, ins, batch.machine.source_roots, "    ")
             other, thread = batch.thread(lane)
+            place = f", at{place}" if place else ""
             return (
                 f"the CTA exits while others may still access its shared memory: it has not waited (cluster barrier, "
-                f"mbarrier or acquiring load) since the access of CTA {other}, thread {thread}, at{place}",
+                f"mbarrier or acquiring load) since the access of CTA {other}, thread {thread}{place}",
                 cta,
             )
         return None

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_rt.emulator import alu, atomics, clusters, collective, copies, mma
+from dsv4_rt.emulator import alu, atomics, clusters, collective, copies, mma, remote, tma
 from dsv4_rt.emulator.ir import (
     TYPES,
     Address,
@@ -96,6 +96,7 @@ class Layout:
     shadows: dict[Reg, int] = field(default_factory=dict)  # slots of "has been set" flags
     unset: set[Reg] = field(default_factory=set)
     unread: set[Reg] = field(default_factory=set)  # written, but no instruction reads them
+    tensor: dict[Reg, bool] = field(default_factory=dict)  # a wgmma uses them; whether it accumulates in them
     addresses: dict[int, int] = field(default_factory=dict)  # id(Var) -> address, for global, const and shared
 
 
@@ -130,6 +131,9 @@ class Emitter:
         self.ins: Instr | None = None
         self.mask = ""  # name of the guard's bool array
         self.lane_operand = False
+        self.touched: dict[Reg, int] = {}  # registers in layout.tensor accessed since a wgmma.fence, and the line
+        self.observed: set[Reg] = set()  # such registers known not to be in flight
+        self.after_fence = False
 
     # Text.
 
@@ -363,6 +367,8 @@ class Emitter:
             mask = self.derived(mask, "~{}") if ins.negated else mask
             self.check_set(ins.guard, "a guard")
             self.mask = self.fill(mask)
+        if self.layout.tensor and ins.op != "wgmma":
+            self._touch_fragments(ins)
         if ins.guard is not None and ins.op in NEEDS_LANES:
             self.guarded_access(ins, mods, handler)
         else:
@@ -371,6 +377,49 @@ class Emitter:
         if "trace" in self.namespace:
             self.call_trace(ins)
         self.mask = ""
+
+    def _touch_fragments(self, ins: Instr) -> None:
+        """See that registers which a wgmma uses are not in flight, and remember that they were accessed."""
+        # To read what a wgmma only reads does no harm.
+        read = [reg for reg in sources(ins) if self.layout.tensor.get(reg)]
+        mine = list(dict.fromkeys([*read, *(reg for reg in results(ins) if reg in self.layout.tensor)]))
+        unseen = [reg for reg in mine if reg not in self.observed]
+        if unseen:
+            slots, names = tuple(self.layout.slots[reg] for reg in unseen), tuple(reg.name for reg in unseen)
+            lanes = f"L[{self.mask}]" if self.mask else "L"
+            self.emit(f"if B.warpgroups.flying: B.warpgroups.touch({lanes}, R, {slots}, {names})")
+            if not self.mask:
+                self.observed.update(unseen)
+        # Compilers put copies and constants anywhere, and arithmetic as late as they can: past a fence, though the
+        # source has it before, and an A fragment's to the front of the product that takes it.
+        if ins.op == "mov":
+            return
+        if ins.op not in _STAYS:
+            mine = [] if self.after_fence else [reg for reg in mine if self.layout.tensor[reg]]
+        self.touched.update(dict.fromkeys(mine, ins.line))
+
+    def constant_array(self, values: list[int]) -> str:
+        """The name of an array of integers that generated code may use."""
+        name = f"k{len(self.namespace)}"
+        self.namespace[name] = np.array(values, np.intp)
+        return name
+
+    def flush(self, reg: Reg) -> None:
+        """Put a register where it is kept between blocks, and forget what it holds: something else will write it."""
+        name = self.env.pop(reg, None)
+        if name is None:
+            return
+        for other, also in list(self.env.items()):
+            if also == name:
+                self.env[other] = self.temp(f"{name}.copy()", name in self.constant)
+        if reg in self.dirty:
+            del self.dirty[reg]
+            self._write_back(self.layout.slots[reg], name, set())
+
+    def now_set(self, regs: list[Reg]) -> None:
+        """Something else than `define` has set these registers."""
+        for reg in regs:
+            self._define_set(reg)
 
     def call_trace(self, ins: Instr) -> None:
         """Tell the machine's trace what the instruction did; see trace.py. Only in a machine that has one."""
@@ -410,6 +459,10 @@ class Emitter:
         if block.kind == "index" and block.end is not None:
             self.check_set(block.end.args[0], "a branch index")
             condition = self.fill(self.use(block.end.args[0], "u32"))
+        if self.touched:
+            slots = self.constant_array([self.layout.slots[reg] for reg in self.touched])
+            lines = self.constant_array(list(self.touched.values()))
+            self.emit(f"B.warpgroups.mark(L, R, {slots}, {lines})")
         live = set(members(block.function, block.live_out))
         stored: set[str] = set()
         for reg in self.dirty:
@@ -434,8 +487,9 @@ class Emitter:
         self.emit(f"R[{slot}] = {name}")
 
 
+_STAYS = frozenset("ld ldu ldg atom shfl ldmatrix mma".split())  # what no compiler moves past a volatile asm
 _PASSES_ON = frozenset("mov cvt cvta selp add sub mul mad fma neg abs min max div rem".split())
-NEEDS_LANES = frozenset("ld ldu ldg st atom red bar barrier cp mbarrier fence membar setmaxnreg".split())
+NEEDS_LANES = frozenset("tensormap ld ldu ldg st atom red bar barrier cp mbarrier fence membar".split())
 SPECIAL_BITS = {"clock64": 64, "globaltimer": 64, "gridid": 64}
 UNIFORM = frozenset(
     """ntid.x ntid.y ntid.z nctaid.x nctaid.y nctaid.z nwarpid nsmid gridid clock clock_hi clock64 globaltimer
@@ -460,7 +514,7 @@ def new_namespace() -> dict[str, Any]:
     """What generated code sees."""
     names: dict[str, Any] = {"np": np, "where": np.where, "resize": alu.resize, "alu": alu}
     names |= {"collective": collective, "atomics": atomics, "clusters": clusters, "copies": copies, "mma": mma}
-    names["U1"] = np.bool_
+    names |= {"remote": remote, "tma": tma, "U1": np.bool_}
     names |= {f"U{8 << k}": dtype for k, dtype in enumerate(UNSIGNED)}
     names |= {f"I{8 << k}": dtype for k, dtype in enumerate((np.int8, np.int16, np.int32, np.int64))}
     return names
@@ -504,7 +558,7 @@ def compile_block(parts: list[Block], layout: Layout, full: bool, dense: bool, n
 
 def is_poll(ins: Instr) -> bool:
     """Whether a loop around this instruction may be waiting for another thread."""
-    if ins.op in ("atom", "nanosleep") or (ins.op == "mbarrier" and {"try_wait", "test_wait"} & set(ins.mods)):
+    if ins.op in ("atom", "nanosleep") or (ins.op == "mbarrier" and "test_wait" in ins.mods):
         return True
     return ins.op == "ld" and bool({"volatile", "acquire", "relaxed"} & set(ins.mods))
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 I64 = np.int64
 WRITING, READING, UNFENCED = 1, 2, 4
+SERVICES = 16  # proxy fences that are remembered one by one
 _NONE = np.zeros(0, I64)
 _SPREAD = 0x01010101
 
@@ -60,6 +61,53 @@ class Entry:
     def __init__(self, op: Op | None, lo: int, hi: int, write: bool, seen: Completion | None, what: str = "") -> None:
         self.op, self.lo, self.hi, self.write, self.seen, self.what = op, lo, hi, write, seen, what
 
+    def hit(self, at: Array, size: int) -> Array:
+        """Which accesses of `size` bytes at some positions touch it."""
+        found: Array = (at < self.hi) & (at + size > self.lo)
+        return found
+
+
+class Pieces(Entry):
+    """What one instruction of many lanes writes: pieces of equal size, each with the lane that must wait for it."""
+
+    __slots__ = ("lanes", "order", "places", "size")
+
+    def __init__(self, op: Op, places: Array, size: int, lanes: Array, seen: Completion | None = None) -> None:
+        super().__init__(op, 0, 0, True, seen)
+        self.places, self.size, self.lanes = places, size, lanes
+        self._bound()
+
+    def _bound(self) -> None:
+        self.order = np.sort(self.places)
+        if len(self.places):
+            self.lo, self.hi = int(self.order[0]), int(self.order[-1]) + self.size
+
+    def hit(self, at: Array, size: int) -> Array:
+        last = np.searchsorted(self.order, at + size, side="left") - 1  # the last piece that begins before the end
+        found: Array = (last >= 0) & (self.order[np.maximum(last, 0)] + self.size > at)
+        return found
+
+    def split(self, chosen: Array) -> tuple[Array, Array]:
+        """Take chosen pieces out; returns their places and lanes."""
+        taken = self.places[chosen], self.lanes[chosen]
+        self.places, self.lanes = self.places[~chosen], self.lanes[~chosen]
+        self._bound()
+        return taken
+
+
+class Service:
+    """What a proxy fence has done: for words that lanes stored themselves (`own`), or that happen before it.
+
+    stores: records of these stores. after: lanes that have fenced after all of them; fences: when, as (tick, lane).
+    """
+
+    __slots__ = ("after", "fences", "own", "stores", "tick")
+
+    def __init__(self, tick: int, own: bool, stores: Array, nlanes: int) -> None:
+        self.tick, self.own, self.stores = tick, own, stores
+        self.after = np.zeros(nlanes, np.bool_)
+        self.fences: list[tuple[int, int]] = []
+
 
 class Flight:
     """The entries of a batch, by CTA."""
@@ -69,8 +117,11 @@ class Flight:
         self.entries: list[list[Entry]] = [[] for _ in range(batch.count)]
         self.hot: Array = np.zeros(0, np.uint8)  # flags of each word
         self.views: tuple[Array, ...] = ()
-        self.fenced: Array = np.zeros(0, I64)  # record of the fence that served a word
+        self.fenced: Array = np.zeros(0, I64)  # tick of the service of a word, as a record of `races.py`
+        self.services: dict[int, Service] = {}  # by tick; only the latest are kept, older ones count as ordered
         self.proxied = batch.program.proxied
+        if self.proxied:  # stores before the first operation need a fence too
+            self.start()
 
     def start(self) -> None:
         """From now on shared memory asks `check`."""
@@ -165,12 +216,25 @@ class Flight:
         self._mark(entry)
 
     def _mark(self, entry: Entry) -> None:
+        if isinstance(entry, Pieces):
+            self._flag(entry.places, entry.size, WRITING)
+            return
         self.hot[entry.lo >> 2 : (entry.hi + 3) >> 2] |= WRITING if entry.write else READING
+
+    def _flag(self, places: Array, size: int, flags: int, keep: int = 0xFF) -> None:
+        """Set flags of the words of pieces, after clearing those not in `keep`."""
+        k = 0 if size <= 4 else 1 if size == 8 else 2
+        view, spread = self.views[k], _SPREAD & (1 << 8 * (1 << k)) - 1
+        at = places >> (2 + k)
+        view[at] = view[at] & view.dtype.type(keep * spread) | view.dtype.type(flags * spread)
 
     def drop(self, entry: Entry, cta: int) -> None:
         """Forget an entry."""
         entries = self.entries[cta]
         entries.remove(entry)
+        if isinstance(entry, Pieces):
+            self._flag(entry.places, entry.size, 0, UNFENCED)
+            return
         self.hot[entry.lo >> 2 : (entry.hi + 3) >> 2] &= UNFENCED
         for other in entries:
             if other.lo < entry.hi and other.hi > entry.lo:
@@ -194,7 +258,7 @@ class Flight:
             for entry in list(self.entries[cta]):
                 if not write and not entry.write:
                     continue
-                hit = mine[(place < entry.hi) & (place + size > entry.lo)]
+                hit = mine[entry.hit(place, size)]
                 if not len(hit):
                     continue
                 bad = hit[self.unknown(entry.seen, lanes[hit])]
@@ -259,6 +323,8 @@ class Flight:
         for entry in list(entries) if entries else ():
             if entry.lo >= hi or entry.hi <= lo or not (write or entry.write):
                 continue
+            if isinstance(entry, Pieces) and not ((entry.places < hi) & (entry.places + entry.size > lo)).any():
+                continue
             key = id(entry.seen)
             if key not in memo:
                 memo[key] = not len(self.unknown(entry.seen, lanes))
@@ -269,61 +335,154 @@ class Flight:
                 self.drop(entry, span.cta)
         words = slice(lo >> 2, (hi + 3) >> 2)
         if not write and op.proxy == "async" and self.proxied:
-            self._check_fence(op, span, words, lanes)
+            self._check_fence(op, words, lanes)
         self.batch.shared.claim(lanes, lo, hi, write, f"{op.kind} on shared offset {span.lo:#x}", op.line)
         if write:
             self.hot[words] &= WRITING | READING
             if self.proxied:
                 self.fenced[words] = 0
 
+    # Operations of many lanes, for which each lane waits itself.
+
+    def claim_pieces(self, op: Op, lanes: Array, places: Array, size: int) -> None:
+        """Check what the lanes of one instruction are going to write, and add it."""
+        self.start()
+        self.check(lanes, places, size, True)
+        self.batch.shared.claim_pieces(lanes, places, size, op.kind)
+        if self.proxied:
+            self._flag(places, size, 0, WRITING | READING)
+        ctas = places // self.batch.shared.stride
+        for cta in np.unique(ctas).tolist():
+            mine = ctas == cta
+            entry = Pieces(op, places[mine], size, lanes[mine])
+            op.entries.append(entry)
+            self.add(entry, cta)
+
+    def waited(self, op: Op, lanes: Array) -> None:
+        """Lanes (as flags) have waited for their pieces: from now on these are stores of theirs."""
+        for entry in list(op.entries):
+            assert isinstance(entry, Pieces)
+            chosen = lanes[entry.lanes]
+            if entry.seen is not None or not chosen.any():
+                continue
+            places, who = entry.split(chosen)
+            self._flag(places, entry.size, UNFENCED if self.proxied else 0, UNFENCED)
+            self.batch.shared.stored(who, places, entry.size, op.line)
+            if not len(entry.places):
+                op.entries.remove(entry)
+                self.entries[int(places[0]) // self.batch.shared.stride].remove(entry)
+
+    def attach(self, op: Op, lanes: Array, seen: Completion) -> None:
+        """The pieces of lanes (as flags) are known to be complete by a phase of an mbarrier."""
+        for entry in list(op.entries):
+            assert isinstance(entry, Pieces)
+            chosen = lanes[entry.lanes]
+            if entry.seen is not None or not chosen.any():
+                continue
+            cta = int(entry.places[0]) // self.batch.shared.stride
+            places, who = entry.split(chosen)
+            part = Pieces(op, places, entry.size, who, seen)
+            op.entries.append(part)
+            self.entries[cta].append(part)
+            if not len(entry.places):
+                op.entries.remove(entry)
+                self.entries[cta].remove(entry)
+
     # The proxies.
 
     def fence(self, lanes: Array) -> None:
-        """fence.proxy.async: serves the words whose last store happens before it."""
-        if not self.proxied or not len(self.hot):
+        """fence.proxy.async: serves the lanes' own stores, and those of others that happen before it."""
+        if not self.proxied:
             return
-        races = self.batch.races
-        tick = races.clock.tick()
-        stride = self.batch.shared.stride >> 2
-        for cta in np.unique(self.batch.cta[lanes]).tolist():
+        batch = self.batch
+        for service in self.services.values():
+            self._join(service, lanes)
+        stride = batch.shared.stride >> 2
+        for cta in np.unique(batch.cta[lanes]).tolist():
             words = np.nonzero(self.hot[cta * stride : (cta + 1) * stride] & UNFENCED)[0] + cta * stride
             if not len(words):
                 continue
-            writer, ticks = self.batch.shared.last_stores(words)
-            mine = lanes[self.batch.cta[lanes] == cta]
-            who = np.where(np.isin(writer, mine), writer, -1)
-            for lane in mine.tolist() if len(mine) <= 32 else mine[::32].tolist():
-                left = np.nonzero(who < 0)[0]
-                if not len(left):
-                    break
-                unordered = races.pairs_unordered(np.full(len(left), lane), ticks[left], writer[left])
-                done = np.ones(len(left), np.bool_)
-                done[unordered] = False
-                who[left[done]] = lane
-            served = who >= 0
-            self.hot[words[served]] &= WRITING | READING
-            self.fenced[words[served]] = (tick << 31) | who[served]
+            writers, ticks = batch.shared.last_stores(words)
+            here = lanes[batch.cta[lanes] == cta]
+            own = np.isin(writers, here)
+            self._serve(here, words[own], ticks[own], writers[own], True)
+            self._serve(here, words[~own], ticks[~own], writers[~own], False)
 
-    def _check_fence(self, op: Op, span: Span, words: slice, lanes: Array) -> None:
+    def _serve(self, lanes: Array, words: Array, ticks: Array, writers: Array, own: bool) -> None:
+        """Words that a fence of lanes serves: all if they are the lanes' own, else those that it comes after."""
+        if not own and len(words):
+            late = np.ones(len(words), np.bool_)
+            for lane in lanes[_heads(lanes)].tolist():
+                left = np.nonzero(late)[0]
+                late[left] = False
+                late[left[self.batch.races.pairs_unordered(np.full(len(left), lane), ticks[left], writers[left])]] = (
+                    True
+                )
+                if not late.any():
+                    break
+            words, ticks, writers = words[~late], ticks[~late], writers[~late]
+        if not len(words):
+            return
+        tick = self.batch.races.clock.tick()
+        service = Service(tick, own, np.unique(ticks << 31 | writers), self.batch.nlanes)
+        self._join(service, lanes)
+        self.services[tick] = service
+        if len(self.services) > SERVICES:
+            del self.services[next(iter(self.services))]
+        self.hot[words] &= WRITING | READING
+        self.fenced[words] = tick << 31
+
+    def _join(self, service: Service, lanes: Array) -> None:
+        """Note which of the lanes of a fence come after all stores of a service: they may issue an operation."""
+        if service.after[lanes].all():
+            return
+        stores = service.stores
+        for head in lanes[_heads(lanes)].tolist():
+            ticks, writers = stores >> 31, stores & ((1 << 30) - 1)
+            if not len(self.batch.races.pairs_unordered(np.full(len(stores), head), ticks, writers)):
+                service.after[lanes[lanes >> 5 == head >> 5]] = True
+                service.fences.append((self.batch.races.clock.tick(), head))
+
+    def _check_fence(self, op: Op, words: slice, lanes: Array) -> None:
+        """An op of the async proxy, issued by lanes, reads words: each needs a fence between its store and the op."""
         late = np.nonzero(self.hot[words] & UNFENCED)[0]
-        if not len(late):
-            records = np.unique(self.fenced[words])
-            records = records[records > 0]
-            if not len(records):
-                return
-            unordered = self.batch.races.pairs_unordered(
-                np.repeat(lanes[:1], len(records)), records >> 31, records & ((1 << 30) - 1)
-            )
-            if not len(unordered):
-                return
-            late = np.nonzero(self.fenced[words] == records[unordered[0]])[0]
-        word = words.start + int(late[0])
+        if len(late):
+            raise self._unfenced(op, words.start + int(late[0]))
+        records = self.fenced[words]
+        if int(records.max(initial=0)) < self.batch.races.limit:
+            return
+        for record in np.unique(records[records > 0]).tolist():
+            service = self.services.get(record >> 31)
+            if service is None:
+                continue
+            left = lanes[~service.after[lanes]]
+            left = left[self._unordered(left, service.fences)]
+            if not len(left):
+                continue
+            mine = words.start + np.nonzero(records == record)[0]
+            writers = np.unique(self.batch.shared.last_stores(mine)[0])
+            ticks = np.full(len(writers), service.tick)
+            for lane in left.tolist():
+                if not service.own or len(
+                    self.batch.races.pairs_unordered(np.full(len(writers), lane), ticks, writers)
+                ):
+                    raise self._unfenced(op, int(mine[0]))
+
+    def _unfenced(self, op: Op, word: int) -> LaneFault:
         offset = (word << 2) % self.batch.shared.stride + SHARED_FIRST
         writer, ticks = self.batch.shared.last_stores(np.array([word]))
         place = self.batch.engine.place(self.batch.races.clock.log[int(ticks[0])])
         cta, thread = self.batch.thread(int(writer[0]))
-        raise LaneFault(
+        return LaneFault(
             f"{op.kind} reads shared offset {offset:#x} through the async proxy, but no fence.proxy.async lies between "
             f"it and the store of CTA {cta}, thread {thread}, at{place}",
             np.zeros(1, I64),
         )
+
+
+def _heads(lanes: Array) -> Array:
+    """Positions of the first lane of each warp among lanes in order."""
+    first = np.ones(len(lanes), np.bool_)
+    np.not_equal(lanes[1:] >> 5, lanes[:-1] >> 5, out=first[1:])
+    found: Array = np.nonzero(first)[0]
+    return found

@@ -212,19 +212,22 @@ def results(ins: Instr) -> list[Reg]:
 def sources(ins: Instr) -> list[Reg]:
     """The registers an instruction reads, its guard included."""
     found = [] if ins.guard is None else [ins.guard]
-    for operand in ins.args[1:] if has_result(ins) else ins.args:
+    for operand in ins.args[1:] if has_result(ins) and ins.op != "wgmma" else ins.args:
         found.extend(regs_in(operand))
     return found
 
 
-MATRIX = frozenset({"mma", "ldmatrix", "stmatrix", "movmatrix"})  # the whole warp, without a mask
-WARP_SYNC = frozenset({"shfl", "vote", "match", "redux", "elect"}) | MATRIX
+MATRIX = frozenset({"mma", "ldmatrix", "stmatrix", "movmatrix", "wgmma"})  # the whole warp, without a mask
+UNMASKED = MATRIX | {"setmaxnreg"}
+WARP_SYNC = frozenset({"shfl", "vote", "match", "redux", "elect"}) | UNMASKED
 ENDS = frozenset({"bra", "ret", "exit", "trap", "brkpt", "call", "brx"})
 
 
 def is_warp_sync(ins: Instr) -> bool:
     """Whether the named lanes of a warp meet at this instruction."""
-    return ins.op in WARP_SYNC or (ins.op in ("bar", "barrier") and "warp" in ins.mods) or is_cluster_arrive(ins)
+    if ins.op in WARP_SYNC:
+        return not is_warpgroup_sync(ins)
+    return (ins.op in ("bar", "barrier") and "warp" in ins.mods) or is_cluster_arrive(ins)
 
 
 def is_cluster_arrive(ins: Instr) -> bool:
@@ -237,19 +240,31 @@ def is_cluster_wait(ins: Instr | None) -> bool:
     return ins is not None and ins.op == "barrier" and "cluster" in ins.mods and "wait" in ins.mods
 
 
+def is_warpgroup_sync(ins: Instr) -> bool:
+    """Whether the four warps of a warpgroup meet at this instruction."""
+    return ins.op == "wgmma" and "mma_async" in ins.mods
+
+
+def fragments(ins: Instr) -> list[Reg]:
+    """The registers a wgmma.mma_async uses until it is waited for: its accumulator, and A if that is no descriptor."""
+    return [reg for operand in ins.args[:2] if isinstance(operand, Vector) for reg in regs_in(operand)]
+
+
+def sync_mask(ins: Instr) -> Operand:
+    """The mask operand of a warp-wide instruction."""
+    return Number(0xFFFFFFFF) if ins.op in UNMASKED or is_cluster_arrive(ins) else ins.args[-1]
+
+
 def is_wait(ins: Instr) -> bool:
     """Whether threads may be suspended at this instruction until an mbarrier's phase is complete."""
     return ins.op == "mbarrier" and "try_wait" in ins.mods
 
 
-def sync_mask(ins: Instr) -> Operand:
-    """The mask operand of a warp-wide instruction."""
-    return Number(0xFFFFFFFF) if ins.op in MATRIX or is_cluster_arrive(ins) else ins.args[-1]
-
-
 def is_sync(ins: Instr) -> bool:
     """Whether threads meet, or wait, at this instruction; a block starts there."""
-    return is_warp_sync(ins) or is_wait(ins) or (ins.op in ("bar", "barrier") and "arrive" not in ins.mods)
+    if is_warp_sync(ins) or is_warpgroup_sync(ins) or is_wait(ins):
+        return True
+    return ins.op in ("bar", "barrier") and "arrive" not in ins.mods
 
 
 @dataclass(slots=True, eq=False)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dsv4_rt.emulator.codegen import Emitter, Mods, handles, split_pair, var_of
+from dsv4_rt.emulator.codegen import HANDLERS, Emitter, Mods, handles, split_pair, var_of
 from dsv4_rt.emulator.ir import TYPES, Address, Instr, Number, Operand, Reg, Sink, Sym, Vector
 from dsv4_rt.emulator.isa_arith import result
-from dsv4_rt.emulator.isa_cluster import cluster_barrier, rank_bits
 from dsv4_rt.emulator.races import kind_of
 from dsv4_rt.errors import EmulatorError
 
@@ -29,7 +28,7 @@ def _space(m: Mods) -> str:
     return "global" if space == "const" else space
 
 
-def _target(e: Emitter, space: str) -> tuple[str, str]:
+def space_target(e: Emitter, space: str) -> tuple[str, str]:
     """The Python names of a space and of its base argument."""
     lanes = f"[{e.lanes}]" if e.guarded or not e.full else ""
     if space == "global":
@@ -44,7 +43,7 @@ def _target(e: Emitter, space: str) -> tuple[str, str]:
     return "B.generic", f"({_base(e, f'B.shared_base{lanes}')}, {_base(e, f'B.local_base{lanes}')})"
 
 
-def _touch(e: Emitter, ins: Instr, space: str) -> None:
+def touch(e: Emitter, ins: Instr, space: str) -> None:
     """Say who makes the access that follows, where races are watched."""
     watched: tuple[str, ...] = ("shared", "shared::cluster", "generic")
     if e.namespace.get("watch_global"):
@@ -123,9 +122,9 @@ def _load(e: Emitter, ins: Instr, m: Mods) -> None:
             e.define(item, f"B.param({offset + (i << k)}, U{8 << k})", ty, True)
         return
     where = address(e, a, space)
-    name, base = _target(e, space)
+    name, base = space_target(e, space)
     used = _used_bytes(e, ins, items, k, ty)
-    _touch(e, ins, space)
+    touch(e, ins, space)
     if n == 1:
         e.define(items[0], f"{name}.load({where}, {base}, {k}{used})", ty)  # items[0]: `ld.b32 {r}` is legal
         return
@@ -155,6 +154,9 @@ def _used_bytes(e: Emitter, ins: Instr, items: list[Operand], k: int, ty: str) -
 
 @handles("st")
 def _store(e: Emitter, ins: Instr, m: Mods) -> None:
+    if "async" in ins.mods:
+        HANDLERS["st.async"](e, ins, m)
+        return
     space = _space(m)
     m.flag(*_CACHE, *_ORDER)
     m.flag("L2::cache_hint")
@@ -166,10 +168,10 @@ def _store(e: Emitter, ins: Instr, m: Mods) -> None:
     for item in items:
         e.check_set(item, "a stored value")
     names = [e.use(item, ty) for item in items]
-    name, base = _target(e, space)
+    name, base = space_target(e, space)
     if ty == "b128":
         names = [f"{each}[:, {i}]" for each in names for i in (0, 1)]
-    _touch(e, ins, space)
+    touch(e, ins, space)
     if n == 1:
         e.emit(f"{name}.store({where}, {base}, {names[0]}, {k})")
     else:
@@ -178,6 +180,9 @@ def _store(e: Emitter, ins: Instr, m: Mods) -> None:
 
 @handles("atom", "red")
 def _atomic(e: Emitter, ins: Instr, m: Mods) -> None:
+    if "async" in ins.mods:
+        HANDLERS["st.async"](e, ins, m)
+        return
     space = _space(m)
     m.flag(*_ORDER)
     m.flag("L2::cache_hint")
@@ -199,10 +204,10 @@ def _atomic(e: Emitter, ins: Instr, m: Mods) -> None:
     for each in args[1 : 1 + count]:
         e.check_set(each, "the value of an atomic")
     names = [e.fill(e.use(each, ty)) for each in args[1 : 1 + count]]
-    name, base = _target(e, space)
+    name, base = space_target(e, space)
     call = f"atomics.run({name}, {where}, {base}, {k}, {op!r}, {ty!r}, ({', '.join(names)},), "
     call += f"{not isinstance(d, Sink)}, {noftz})"
-    _touch(e, ins, space)
+    touch(e, ins, space)
     if isinstance(d, Sink):
         e.emit(call)
     else:
@@ -233,7 +238,8 @@ def _isspacep(e: Emitter, ins: Instr, m: Mods) -> None:
     if space in ("const", "param"):
         raise m.refuse()
     if space == "shared" and full != "shared::cluster" and e.namespace.get("clustered"):
-        result(e, ins.args[0], "pred", "clusters.is_own({}, {})", e.use(ins.args[1], "u64"), rank_bits(e))
+        ranks = "B.rank_bits" if e.full else f"B.rank_bits[{e.lanes}]"
+        result(e, ins.args[0], "pred", "clusters.is_own({}, {})", e.use(ins.args[1], "u64"), ranks)
         return
     result(e, ins.args[0], "pred", f"({{}} >> U64(48)) == U64({window})", e.use(ins.args[1], "u64"))
 
@@ -320,7 +326,7 @@ def _activemask(e: Emitter, ins: Instr, m: Mods) -> None:
 @handles("bar", "barrier")
 def _barrier(e: Emitter, ins: Instr, m: Mods) -> None:
     if "cluster" in ins.mods:
-        cluster_barrier(e, ins, m)
+        HANDLERS["barrier.cluster"](e, ins, m)
         return
     m.flag("cta", "aligned")
     if m.flag("warp"):

@@ -1,13 +1,14 @@
-"""Translation of the tensor-core instructions: mma.sync, ldmatrix, stmatrix, movmatrix."""
+"""Translation of the tensor-core instructions: mma.sync, ldmatrix, stmatrix, movmatrix, wgmma."""
 
 from __future__ import annotations
 
 import re
 
 from dsv4_rt.emulator.codegen import Emitter, Mods, handles
-from dsv4_rt.emulator.ir import Instr, Operand, Vector
-from dsv4_rt.emulator.isa_memory import _base, address
+from dsv4_rt.emulator.ir import Instr, Number, Operand, Reg, Vector
+from dsv4_rt.emulator.isa_memory import address, space_target
 from dsv4_rt.emulator.mma import BYTES
+from dsv4_rt.emulator.wgmma import Form
 
 _FLOAT_SHAPES = {
     "f16": ("m16n8k8", "m16n8k16"), "bf16": ("m16n8k8", "m16n8k16"), "tf32": ("m16n8k4", "m16n8k8"),
@@ -89,10 +90,7 @@ def _matrix(e: Emitter, ins: Instr, m: Mods) -> None:
         raise m.refuse()
     _whole(e, ins)
     where = address(e, ins.args[1] if loads else ins.args[0], space.split("::")[0])
-    lanes = "" if e.full else "[L]"
-    memory, base = "B.shared", _base(e, f"B.shared_base{lanes}")
-    if space == "generic":
-        memory, base = "B.generic", f"({base}, {_base(e, f'B.local_base{lanes}')})"
+    memory, base = space_target(e, space.split("::")[0])
     common = f"{memory}, B.races, L, {where}, {base}, {ins.line}"
     if loads:
         found = e.temp(f"mma.load_matrices({common}, {count}, {transpose})")
@@ -109,3 +107,84 @@ def _movmatrix(e: Emitter, ins: Instr, m: Mods) -> None:
         raise m.refuse()
     _whole(e, ins)
     e.define(ins.args[0], f"mma.move_matrix({e.fill(e.use(ins.args[1], 'b32'))})", "b32")
+
+
+_WGMMA = {
+    "f16": (16, ("f16", "f32")), "bf16": (16, ("f32",)), "tf32": (8, ("f32",)), "e4m3": (32, ("f16", "f32")),
+    "e5m2": (32, ("f16", "f32")),
+}  # fmt: skip
+
+
+@handles("wgmma")
+def _wgmma(e: Emitter, ins: Instr, m: Mods) -> None:
+    if e.namespace.get("target", "sm_90a") != "sm_90a":
+        raise m.refuse(f"{ins.name} exists on sm_90a only, not on {e.namespace['target']}")
+    m.flag("sync", "aligned")
+    e.observed.clear()
+    if m.flag("fence"):
+        _whole(e, ins)
+        e.touched.clear()
+        e.after_fence = True
+        e.emit("B.warpgroups.fence(L)")
+    elif m.flag("commit_group"):
+        _whole(e, ins)
+        e.emit("B.warpgroups.commit(L)")
+    elif m.flag("wait_group"):
+        _whole(e, ins)
+        (count,) = ins.args
+        if not isinstance(count, Number):
+            raise m.refuse()
+        e.emit(f"B.warpgroups.wait(L, {count.value})")
+    elif m.flag("mma_async"):
+        _wgmma_issue(e, ins, m)
+    else:
+        raise m.refuse()
+
+
+def _wgmma_issue(e: Emitter, ins: Instr, m: Mods) -> None:
+    if m.flag("sp"):
+        raise m.refuse(f"{ins.name}: sparse matrices are not implemented by the emulator")
+    if {"s8", "u8", "b1"} & set(ins.mods):
+        raise m.refuse(f"{ins.name}: wgmma on integers is not implemented by the emulator")
+    shape = next((each for each in ins.mods if re.fullmatch(r"m64n\d+k\d+", each)), "")
+    types = [each for each in ins.mods if each in BYTES]
+    if not shape or len(types) != 3:
+        raise m.refuse()
+    d, a, b = types
+    columns, depth = (int(x) for x in re.findall(r"\d+", shape)[1:])
+    wanted, accumulators = _WGMMA.get(a, (0, ()))
+    group = next((each for each in _GROUPS if a in each), ())
+    if depth != wanted or d not in accumulators or b not in group or columns % 8 or not 8 <= columns <= 256:
+        raise m.refuse()
+    m.left = [each for each in m.left if each not in BYTES and each != shape]
+    accumulator, left, right, scale, *immediates = ins.args
+    values = [each.value for each in immediates if isinstance(each, Number)]
+    from_registers = isinstance(left, Vector)
+    majors = 0 if BYTES[a] != 2 else 1 if from_registers else 2
+    if len(values) != len(immediates) or len(values) != 2 + majors or not {*values[:2]} <= {1, -1}:
+        raise m.refuse(f"{ins.name}: {2 + majors} immediates are wanted: imm-scale-a, imm-scale-b of 1 or -1, majors")
+    mn_major = ([0, 0] + values[2:])[-2:]
+    if from_registers:
+        mn_major[0] = 0
+    slots = [items(accumulator), items(left) if from_registers else []]
+    if len(slots[0]) * 4 * 128 != 64 * columns * BYTES[d] or (from_registers and len(slots[1]) != 4):
+        raise m.refuse(f"{ins.name}: the wrong number of registers in a list")
+    registers = [[each for each in part if isinstance(each, Reg)] for part in slots]
+    if any(len(part) != len(regs) or len(set(regs)) != len(regs) for part, regs in zip(slots, registers, strict=True)):
+        raise m.refuse(f"{ins.name}: an operand list that is not of distinct registers")
+    for reg in registers[1]:
+        e.check_set(reg, "an A fragment of wgmma")
+    names = tuple(reg.name for part in registers for reg in part)
+    descriptors = ["None" if from_registers else e.fill(e.use(left, "b64")), e.fill(e.use(right, "b64"))]
+    predicate = e.fill(e.use(scale, "pred"))
+    for reg in (*registers[0], *registers[1]):
+        e.flush(reg)
+    form = f"f{len(e.namespace)}"
+    negative = values[0] * values[1] < 0
+    e.namespace[form] = Form(columns, depth, (a, b, d), negative, bool(mn_major[0]), bool(mn_major[1]))
+    where = [e.constant_array([e.layout.slots[reg] for reg in part]) for part in registers]
+    e.emit(
+        f"B.warpgroups.issue(L, R, {ins.line}, {form}, {names}, {where[0]}, {where[1]}, {', '.join(descriptors)}, "
+        f"{predicate})"
+    )
+    e.now_set(registers[0])

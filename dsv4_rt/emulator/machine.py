@@ -21,6 +21,7 @@ from dsv4_rt.emulator import (  # noqa: F401  isa_*: they register the instructi
     isa_cluster,
     isa_memory,
     isa_mma,
+    isa_tma,
 )
 from dsv4_rt.emulator.async_ import COMPLETIONS
 from dsv4_rt.emulator.batch import PATIENCE, Batch, Grid
@@ -35,9 +36,12 @@ from dsv4_rt.emulator.ir import (
     Sym,
     Var,
     build_blocks,
+    fragments,
+    is_warpgroup_sync,
     liveness,
     maybe_unset,
     members,
+    results,
     sources,
 )
 from dsv4_rt.emulator.memory import SHARED_FIRST, Memory
@@ -200,6 +204,7 @@ def _build(module: Module, name: str, clustered: bool) -> Program:
     program.symbols = {shared[0][id(var)]: var.name for var in shared[2]}
     program.namespace["watch_global"] = isinstance(module.memory, WatchedMemory)
     program.namespace["clustered"] = clustered
+    program.namespace["target"] = ptx.target
     _verify(program, module.roots)
     return program
 
@@ -276,11 +281,16 @@ def _slots(function: Function, blocks: list[Block], addresses: dict[int, int]) -
     crossing = 0
     for block in blocks:
         crossing |= block.live_in | block.live_out
+    products = [ins for block in blocks for ins in block.instrs if is_warpgroup_sync(ins)]
+    tensor = {reg: False for ins in products for reg in fragments(ins)}
+    tensor |= {reg: True for ins in products for reg in results(ins)}
+    for reg in tensor:
+        crossing |= 1 << reg.index
     unset = maybe_unset(blocks)
     read = {reg for block in blocks for ins in block.instrs for reg in sources(ins)}
     read |= {block.reg for block in blocks if block.reg is not None}
     layout = Layout(
-        addresses=addresses, unset=set(members(function, unset)), unread=set(function.regs) - read
+        addresses=addresses, unset=set(members(function, unset)), unread=set(function.regs) - read, tensor=tensor
     )
     slots: list[tuple[int, int]] = []
     for reg in members(function, crossing):

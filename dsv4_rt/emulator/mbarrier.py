@@ -11,7 +11,7 @@ opaque; here it holds the phase and the pending count before the arrival.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -181,15 +181,41 @@ class Mbarriers:
             barrier = self.find(position, lanes, which, what)
             if tx is not None:
                 self._expect(barrier, int(np.broadcast_to(tx, lanes.shape)[which].astype(I64).sum()), lanes, which)
-            row = self.batch.races.release(lanes[which])
-            states[which] = self._arrive(barrier, counts[which], row, drop, complete, lanes, which)
+            states[which] = self._arrive(barrier, counts[which], True, drop, complete, lanes, which)
         return states
 
+    def promise(self, lanes: Array, addr: Array, generic: bool, counted: bool) -> Array:
+        """cp.async.mbarrier.arrive: positions of the barriers on which `arrive_later` will arrive for the lanes.
+
+        counted: without .noinc, the pending count is raised by one for each.
+        """
+        what = "cp.async.mbarrier.arrive"
+        at = self.locate(lanes, addr, generic, what)
+        for position, which in self._each(at):
+            barrier = self.find(position, lanes, which, what)
+            if counted:
+                barrier.pending += len(lanes[which])
+                if barrier.pending > LIMIT:
+                    over = f"{what}: the pending count of {self.name(position)} becomes {barrier.pending:,}"
+                    raise LaneFault(f"{over}; {LIMIT:,} is possible", _bad(lanes, which))
+        return at
+
+    def arrive_later(self, lanes: Array, at: Array, ops: Iterable[Op]) -> None:
+        """The pieces of these ops that the lanes issued are complete: the current phase tells so; arrive."""
+        for position, which in self._each(at):
+            barrier = self.live.get(position) or self.find(position, lanes, which, "cp.async.mbarrier.arrive")
+            chosen = np.zeros(self.batch.nlanes, np.bool_)
+            chosen[lanes[which]] = True
+            for op in ops:
+                self.batch.engine.flight.attach(op, chosen, barrier.complete)
+            counts = np.ones(len(lanes[which]), I64)
+            self._arrive(barrier, counts, False, False, True, lanes, which)
+
     def _arrive(
-        self, barrier: Barrier, counts: Array, row: Array, drop: bool, complete: bool, lanes: Array, which: Any
+        self, barrier: Barrier, counts: Array, releases: bool, drop: bool, complete: bool, lanes: Array, which: Any
     ) -> Array:
         states = []
-        left = counts
+        left, who = counts, lanes[which]
         while len(left):
             before = barrier.pending - np.cumsum(left) + left
             fits = int(np.count_nonzero(before - left >= 0))  # arrivals of this phase; more may follow in the next
@@ -201,13 +227,15 @@ class Mbarriers:
                     f"({barrier.describe()}), initialised at{place}",
                     _bad(lanes, which),
                 )
-            barrier.gathered = row if barrier.gathered is None else np.maximum(barrier.gathered, row)
+            if releases:
+                row = self.batch.races.release(who[:fits])
+                barrier.gathered = row if barrier.gathered is None else np.maximum(barrier.gathered, row)
             total = int(left[:fits].sum())
             states.append((before[:fits] | barrier.phase << _COUNT_BITS).astype(U64))
             barrier.pending -= total
             if drop:
                 barrier.expected -= total
-            left = left[fits:]
+            left, who = left[fits:], who[fits:]
             self._settle(barrier)
         return states[0] if len(states) == 1 else np.concatenate(states)
 
@@ -219,8 +247,7 @@ class Mbarriers:
             barrier = self.find(position, lanes, which, what)
             total = int(np.broadcast_to(tx, lanes.shape)[which].astype(I64).sum())
             self._expect(barrier, sign * total, lanes, which)
-            if sign < 0:
-                self._settle(barrier)
+            self._settle(barrier)
 
     def _expect(self, barrier: Barrier, tx: int, lanes: Array, which: Any) -> None:
         if abs(barrier.tx + tx) > LIMIT:
@@ -267,13 +294,13 @@ class Mbarriers:
     def test(self, lanes: Array, addr: Array, generic: bool, value: Array, parity: bool, what: str) -> Array:
         """test_wait and try_wait: whether the phase of a state, or of a parity, is complete.
 
-        Under the random schedule the answer is sometimes no although it is; that is legal.
+        Under the random schedule try_wait sometimes says no although it is: its time may have run out.
         """
         at = self.locate(lanes, addr, generic, what)
         value = np.broadcast_to(value, lanes.shape)
         found = np.zeros(len(lanes), np.bool_)
         engine = self.batch.engine
-        hesitate = engine.completion == "random" and engine.dice.random() < 0.0625
+        hesitate = engine.completion == "random" and "try_wait" in what and engine.dice.random() < 0.0625
         for position, which in self._each(at):
             barrier = self.find(position, lanes, which, what)
             yes = self._over(barrier, value[which], parity)
@@ -286,6 +313,8 @@ class Mbarriers:
             if hesitate or not yes.any():
                 continue
             found[which] = yes
+            if self.batch.clusters is not None:
+                self.batch.clusters.observed(lanes[which])
             who = lanes[which] if yes.all() else lanes[which][yes]
             if barrier.released is not None:
                 self.batch.races.acquire(who, barrier.released)

@@ -221,6 +221,9 @@ class Memory:
             raise EmulatorError(f"view: [{address:#x}, {nbytes} B] is not arena memory")
         return np.asarray(_Window(address, nbytes, np.uint8, self._arena))
 
+    def check_written(self, view: Array, size: int) -> None:
+        """Elements of `size` bytes are read, a view of bytes in place: were all written, where that is known?"""
+
     def mark_written(self, address: int, nbytes: int) -> None:
         """The host has written these bytes: known where reads of uninitialised memory are checked (`watched.py`)."""
 

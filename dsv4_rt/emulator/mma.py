@@ -1,16 +1,17 @@
 """Tensor-core sums and fragments: what mma.sync and wgmma compute, bit for bit as an H200 does.
 
 A unit adds L products and the accumulator at once. With e the largest exponent among the addends (a product's is the
-sum of its factors' exponents, before normalising; a subnormal has the least normal exponent; zeros have none),
+sum of its factors' exponents, before normalising; a subnormal has the least normal exponent; zeros have none), at least
+-133,
 
     d = round(sum_i trunc(a_i b_i 2^(F-e)) + trunc(c 2^(F-e))) 2^(e-F)
 
 where trunc drops what lies below 2^(e-F), towards zero, the sum is exact, and the result is truncated to fp32 (or to
-13 mantissa bits of it) or rounded to nearest, ties to even, in fp16. Subnormals are kept, NaN is canonical.
+13 mantissa bits of it) or rounded to nearest, ties to even, in fp16. Subnormals are kept, a zero is always +0, NaN is
+canonical.
 
     mma.sync and wgmma, f16, bf16, tf32     F = 25, L = all of k; tf32 operands lose their 13 low bits
     wgmma, e4m3, e5m2                       F = 13, L = 32; an fp32 result keeps 13 mantissa bits
-    wgmma with an fp16 result               a result that rounds to zero is +0
     mma.sync, e4m3, e5m2                    two f16 sums from zero, over k with k%4 < 2 and then the others, and
                                             an ordinary addition of the accumulator: hardware has no such unit and the
                                             assembler expands the instruction so
@@ -24,6 +25,7 @@ ISA, "Matrix fragments".
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -43,21 +45,20 @@ F32, F64, I16, I32, I64, U16, U32, U64 = (
 BYTES = {"f16": 2, "bf16": 2, "tf32": 4, "e4m3": 1, "e5m2": 1, "s8": 1, "u8": 1, "f32": 4, "s32": 4, "f64": 8}
 _NAN = {"f32": 0x7FFFFFFF, "f16": 0x7FFF}
 _NEVER = -4096  # the exponent of zero
+_LEAST = -133  # no unit aligns to a smaller exponent: seen on an H200, where the accumulator is zero
 _CHUNK = 1 << 16  # products at a time: their arrays stay in a core's cache
 
 
 @dataclass(frozen=True)
 class Unit:
-    """How a sum is rounded: bits kept below the largest exponent, mantissa bits of an fp32 result, sign of zero."""
+    """How a sum is rounded: bits kept below the largest exponent, mantissa bits of an fp32 result."""
 
     fraction: int = 25
     mantissa: int = 23
-    negative_zero: bool = True
 
 
-MMA = Unit()
-WGMMA = Unit(negative_zero=False)
-WGMMA_FP8 = Unit(13, 13, negative_zero=False)
+WIDE = Unit()
+NARROW = Unit(13, 13)
 
 
 def element_type(ty: str) -> Any:
@@ -112,10 +113,13 @@ def _accumulator(ty: str, bits: Array) -> Array:
     return found.astype(F64)
 
 
-def _exponents(values: Array, ty: str) -> Array:
+def _exponents(bits: Array, ty: str) -> Array:
     """The exponents of accumulators, I32; a subnormal has the least normal one."""
-    found = (values.view(I64) >> 52 & 0x7FF).astype(I32) - 1023
-    return np.where(values == 0, _NEVER, np.maximum(found, -14 if ty == "f16" else -126))
+    word = bits.astype(I32) if ty == "f16" else bits.view(I32)
+    shift, field, bias = (10, 31, 15) if ty == "f16" else (23, 255, 127)
+    found = np.maximum(word >> shift & field, 1) - bias
+    found[word & (1 << shift + field.bit_length()) - 1 == 0] = _NEVER
+    return np.asarray(found)
 
 
 def _power(exponent: Array) -> Array:
@@ -123,30 +127,45 @@ def _power(exponent: Array) -> Array:
     return ((exponent.astype(I64) + 1023) << 52).view(F64)
 
 
-def dot(a: Array, b: Array, c: Array, types: tuple[str, str, str], unit: Unit = MMA) -> Array:
+def dot(
+    a: Array, b: Array, c: Array, types: tuple[str, str, str], unit: Unit = WIDE, negative: bool = False
+) -> Array:
     """d = a b + c of one unit's sum.
 
     Args:
         a: [K, M, X] bits of the first type; X is anything, such as warps.
         b: [K, N, X] bits of the second type.
         c: [M, N, X] bits of the accumulator's type, f32 or f16.
+        negative: subtract the products instead.
 
     Returns:
         d: [M, N, X] bits of the accumulator's type.
     """
     (va, ea), (vb, eb) = _numbers(types[0], a), _numbers(types[1], b)
     vc = _accumulator(types[2], c)
+    va = -va if negative else va
     special = None
     if not (np.isfinite(va).all() and np.isfinite(vb).all() and np.isfinite(vc).all()):
         product = np.matmul(np.moveaxis(va, (0, 1, 2), (2, 1, 0)).astype(F64), np.moveaxis(vb, 2, 0).astype(F64))
         total = np.moveaxis(product, 0, 2) + vc
         special = np.where(np.isfinite(total), 0.0, total)
         va, vb, vc = (np.where(np.isfinite(v), v, v.dtype.type(0)) for v in (va, vb, vc))
-    ec = _exponents(vc, types[2])
+    ec = _exponents(c, types[2])
     total = _sum_in_words(va, vb, vc, ea, eb, ec, unit)
     if total is None:
         total = _sum_in_doubles(va, vb, vc, ea, eb, ec, unit)
     return _round(total, special, types[2], unit)
+
+
+_kept = threading.local()
+
+
+def _workspace(shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """Arrays for products and words of a shape, kept: fresh pages would cost more than the arithmetic."""
+    found: tuple[Array, Array] | None = getattr(_kept, "arrays", None)
+    if found is None or found[0].shape != shape:
+        found = _kept.arrays = np.empty(shape, F32), np.empty(shape, I32)
+    return found
 
 
 def _sum_in_words(
@@ -154,7 +173,8 @@ def _sum_in_words(
 ) -> Array | None:
     """The truncated sum with products in fp32 and addends in 32-bit words; None where exponents are too far out.
 
-    Each product is exact in fp32, scaled by a power of two and cut to a word by the conversion. The largest exponent is
+    Each product is exact in fp32, scaled by a power of two and cut to a word by the conversion; at most 16 of them are
+    below 2^27 each, and with 8 bits a factor 32 below 2^15, so that their sum fits a word. The largest exponent is
     found by a matrix product of eighth powers: the sum of at most 128 of them has the exponent of the largest, times 8.
     """
     if va.shape[0] > 32:
@@ -180,15 +200,14 @@ def _sum_in_words(
     scale = ((fraction + 127 - largest) << 23).view(F32)
     total = np.trunc(vc * scale)
     rows = max(1, _CHUNK // (k * n * x))
-    product = np.empty((k, min(rows, m), n, x), F32)
-    words = np.empty(product.shape, I32)
+    product, words = _workspace((k, min(rows, m), n, x))
     for at in range(0, m, rows):
         some = slice(at, min(at + rows, m))
         p, w = product[:, : some.stop - at], words[:, : some.stop - at]
         np.multiply(va[:, some, None], vb[:, None], out=p)
         np.multiply(p, scale[some], out=p)
         np.copyto(w, p, casting="unsafe")
-        total[some] += np.add.reduce(w, axis=0)
+        total[some] += np.add.reduce(w, axis=0, dtype=I32)
     return np.asarray(total * _power(largest - fraction))
 
 
@@ -199,7 +218,7 @@ def _sum_in_doubles(va: Array, vb: Array, vc: Array, ea: Array, eb: Array, ec: A
     wide_a, wide_b = va.astype(F64), vb.astype(F64)
     for i in range(m):
         largest = np.maximum((ea[:, i, None] + eb).max(axis=0).astype(I32), ec[i])
-        largest = np.maximum(largest, -300)
+        largest = np.maximum(largest, _LEAST)
         scale = _power(fraction - largest)
         words = np.trunc(wide_a[:, i, None] * wide_b * scale).sum(axis=0) + np.trunc(vc[i] * scale)
         total[i] = words * _power(largest - fraction)
@@ -210,15 +229,14 @@ def _round(total: Array, special: Array | None, ty: str, unit: Unit) -> Array:
     """The sum in the accumulator's type."""
     if ty == "f16":
         found = total.astype(np.float16).view(U16)
-        if not unit.negative_zero:
-            found[found == 0x8000] = 0
+        found[found == 0x8000] = 0
     else:
         lost = 52 - unit.mantissa
         kept = (total.view(I64) >> lost << lost).view(F64)
         tiny = np.abs(total) < 2.0**-126
         if tiny.any():
             least = 2.0 ** (-126 - unit.mantissa)
-            kept = np.where(tiny, np.trunc(total / least) * least, kept)
+            kept = np.where(tiny, np.trunc(total / least) * least + 0.0, kept)  # -0 becomes +0
         found = kept.astype(F32).view(U32)
     if special is not None:
         value = special.astype(np.float16).view(U16) if ty == "f16" else special.astype(F32).view(U32)

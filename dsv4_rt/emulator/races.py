@@ -114,6 +114,8 @@ class Races:
             self.shared.lanes = lanes
         if self.watched is not None:
             self.watched.lanes, self.watched.races = lanes, self
+        if flags & READS and self.batch.clusters is not None:
+            self.batch.clusters.observed(lanes)
         if flags and (self.clock.fenced or flags & RELEASES):
             self._synchronise(lanes, flags)
 
@@ -205,7 +207,7 @@ class Races:
         tick = self.clock.tick()
         seen = self._seen()
         self.met[lanes] = tick
-        warps = np.unique(lanes >> 5) if len(lanes) > 1 else lanes >> 5
+        warps = warps_of(lanes)
         seen[warps, warps % self.columns] = tick
         found: Array = seen[warps].max(axis=0)
         return found
@@ -213,7 +215,7 @@ class Races:
     def acquire(self, lanes: Array, row: Array) -> None:
         """The warps of these lanes learn what was released."""
         seen = self._seen()
-        warps = np.unique(lanes >> 5) if len(lanes) > 1 else lanes >> 5
+        warps = warps_of(lanes)
         seen[warps] = np.maximum(seen[warps], row)
         self.met[lanes] = self.clock.tick()
 
@@ -299,6 +301,17 @@ class Races:
         return LaneFault(
             f"{kind} race on {what}: nothing orders it after the {verb} of CTA {cta}, thread {name}, at{place}", bad
         )
+
+
+def warps_of(lanes: Array) -> Array:
+    """The warps of lanes, which are in order."""
+    warps: Array = lanes >> 5
+    if len(warps) < 2:
+        return warps
+    first = np.ones(len(warps), np.bool_)
+    np.not_equal(warps[1:], warps[:-1], out=first[1:])
+    found: Array = warps[first]
+    return found
 
 
 def _pairs(threads: Array, cells: Array) -> Array:
@@ -502,6 +515,25 @@ class RacyShared(LaneMemory):
         if write:
             for kept in (shadow.stores, shadow.loads, shadow.loads_before):
                 kept[cells] = 0
+
+    def claim_pieces(self, lanes: Array, at: Array, size: int, what: str) -> None:
+        """The same for pieces of equal size, one for each lane, that an instruction will write."""
+        shadow = self._kept
+        if shadow is None:
+            return
+        cells, owners, many = cells_of(at, lanes, size, self._watch.grain)
+        for kind, bad, records in shadow.conflicts(self.races, cells, owners, 0, self.races.limit):
+            offset = int(at[bad[0] // many]) % self.stride + self.first
+            place = f"shared memory: {what} to shared offset {offset:#x}"
+            raise self.races.fault(kind, place, int(records[0]), 0, np.unique(bad // many))
+        for kept in (shadow.stores, shadow.loads, shadow.loads_before):
+            kept[cells] = 0
+
+    def stored(self, lanes: Array, at: Array, size: int, line: int) -> None:
+        """Pieces that an instruction wrote count as stores of the lanes, done now."""
+        cells, owners, _ = cells_of(at, lanes, size, self._watch.grain)
+        self.races.line, self.races.strong, self.races.fresh = line, False, True
+        self._shadow().write(self.races, cells, owners, 0, False)
 
     def last_stores(self, words: Array) -> tuple[Array, Array]:
         """(lane, tick) of the last ordinary store to each word."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import as_strided
 
 from dsv4_rt.emulator.memory import _WRITTEN, UNSIGNED, LaneFault, Memory, _Reservation, _Window, used_flags
 from dsv4_rt.emulator.races import Races, Shadow, Watch, changes_of, grain_of
@@ -124,6 +125,26 @@ class WatchedMemory(Memory):
         if self.uninitialised and 0 <= offset < self._arena.size:
             self._flags[0][offset : offset + nbytes] = 1
 
+    def check_written(self, view: Array, size: int) -> None:
+        address = int(view.__array_interface__["data"][0])
+        offset = address - self._arena.address
+        if not self.uninitialised or not 0 <= offset < self._arena.size:
+            return
+        flags = as_strided(self._flags[0][offset : offset + 1], view.shape, view.strides)
+        groups = (*view.shape[:-1], view.shape[-1] // size, size)
+        bad = ((view == 0xFF) & (flags == 0)).reshape(groups).all(axis=-1)
+        if bad.any():
+            where = np.unravel_index(int(np.argmax(bad)), bad.shape)
+            first = address + sum(int(i) * s for i, s in zip(where, (*view.strides[:-1], size), strict=True))
+            raise LaneFault(self._unwritten(size, first), np.zeros(1, I64))
+
+    def _unwritten(self, size: int, address: int) -> str:
+        near = next(each for each in self._segments if each.lo <= address < each.hi)
+        return (
+            f"read of uninitialised global memory: {size} bytes at {address:#x}, {address - near.lo:,} bytes "
+            f"into {near.describe()}; if the host wrote them, memory.mark_written says so"
+        )
+
     def _owned_part(self, addr: Array, k: int, part: int) -> tuple[Array, Array]:
         """(positions of accesses to own allocations, places of their element among the flags)."""
         offset = addr.astype(I64) - self._arena.address
@@ -144,10 +165,4 @@ class WatchedMemory(Memory):
         inside, at = self._owned_part(addr, k, part)
         bad = inside[poisoned[inside] & (self._flags[k][at] == 0)]
         if len(bad):
-            address = int(addr[bad[0]]) + (part << k)
-            near = next(each for each in self._segments if each.lo <= address < each.hi)
-            raise LaneFault(
-                f"read of uninitialised global memory: {1 << k} bytes at {address:#x}, {address - near.lo:,} bytes "
-                f"into {near.describe()}; if the host wrote them, memory.mark_written says so",
-                bad,
-            )
+            raise LaneFault(self._unwritten(1 << k, int(addr[bad[0]]) + (part << k)), bad)

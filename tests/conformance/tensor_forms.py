@@ -1,13 +1,15 @@
 """The tensor-core forms that an H200 has judged: mma.sync, ldmatrix, stmatrix, movmatrix and wgmma.
 
 A form is one instruction in a kernel of its own. Fragments travel as raw registers, so a wrong layout shows as well as
-a wrong sum. A wgmma form draws, for each warpgroup, a swizzle, a start, strides and a shared-memory image full of
-numbers: which elements the descriptor reaches is part of what is compared.
+a wrong sum. A wgmma form draws, for each warpgroup, a swizzle, a start (pattern-aligned or not), strides (canonical or
+any), a base offset and a shared-memory image full of numbers: which elements the descriptor reaches is part of what is
+compared.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import zlib
+from dataclasses import dataclass
 
 import numpy as np
 from operands import SEED, random_bits
@@ -33,7 +35,6 @@ class TensorForm:
     exact: bool = True  # bits, not a float sum
     n: int = 0  # of wgmma
     majors: tuple[int, int] = (0, 0)
-    extra: dict[str, int] = field(default_factory=dict, hash=False)
 
     @property
     def threads(self) -> int:
@@ -203,7 +204,7 @@ def all_forms() -> list[TensorForm]:
     return [*_matrix_forms(), *_mma_forms(), *_wgmma_forms()]
 
 
-def _descriptor(words: list[int], rows: int, k_bytes: int, major: int, lo: int, hi: int, base: bool) -> int:
+def _descriptor(words: list[int], rows: int, major: int, lo: int, hi: int) -> int:
     """A descriptor whose reach [rows x 32 bytes of k, or k x rows] lies in shared [lo, hi), by its random words."""
     mode = words[0] % 4  # 0 none, 1 128 B, 2 64 B, 3 32 B
     pitch = (16, 128, 64, 32)[mode]
@@ -230,7 +231,7 @@ def _descriptor(words: list[int], rows: int, k_bytes: int, major: int, lo: int, 
     start = lo + (words[4] % (slack // 16 + 1)) * 16
     if not words[5] % 3:
         start = start // 1024 * 1024
-    offset = words[6] % 8 if base else 0
+    offset = words[6] % 8 if words[5] & 1 else 0
     return (start >> 4) | (lbo >> 4) << 16 | (sbo >> 4) << 32 | offset << 49 | mode << 62
 
 
@@ -250,7 +251,7 @@ def inputs(form: TensorForm, seed: int = SEED) -> dict[str, np.ndarray]:
         rows = np.argsort(random_bits(seed ^ 77, WARPS * 64).reshape(WARPS, 64), axis=1)[:, :32]
         found["a"] = rows.astype(np.uint32).reshape(-1)  # stmatrix rows do not overlap
     if form.family == "wgmma":
-        words = random_bits(seed ^ zlib_of(form.name), CTAS * 16).reshape(CTAS, 16)
+        words = random_bits(seed ^ zlib.crc32(form.name.encode()), CTAS * 16).reshape(CTAS, 16)
         image = np.empty((CTAS, IMAGE), np.uint8)
         table = np.zeros((CTAS, 4), np.uint64)
         for i in range(CTAS):
@@ -258,16 +259,9 @@ def inputs(form: TensorForm, seed: int = SEED) -> dict[str, np.ndarray]:
             image[i, :SPLIT] = draw(seed, f"{form.name} A{i}", a, SPLIT // BYTES[a], manner).view(np.uint8)
             image[i, SPLIT:] = draw(seed, f"{form.name} B{i}", b, (IMAGE - SPLIT) // BYTES[b], manner).view(np.uint8)
             w = [int(x >> np.uint64(8)) for x in words[i]]
-            base = bool(form.extra.get("base"))
-            table[i, 0] = _descriptor(w[:7], 64, 32, form.majors[0], FIRST, FIRST + SPLIT, base)
-            table[i, 1] = _descriptor(w[7:14], form.n, 32, form.majors[1], FIRST + SPLIT, FIRST + IMAGE, base)
+            table[i, 0] = _descriptor(w[:7], 64, form.majors[0], FIRST, FIRST + SPLIT)
+            table[i, 1] = _descriptor(w[7:14], form.n, form.majors[1], FIRST + SPLIT, FIRST + IMAGE)
             table[i, 2] = w[14] % 4 != 0
         found["e"], found["i"] = table.reshape(-1), image.reshape(-1)
     return found
 
-
-def zlib_of(name: str) -> int:
-    """A number from a name, the same everywhere."""
-    import zlib
-
-    return zlib.crc32(name.encode())

@@ -93,7 +93,10 @@ def draw(seed: int, name: str, ty: str, count: int, manner: str, accumulator_of:
             specials = _specials(ty)
             which = ((second >> np.uint64(26)) % np.uint64(len(specials))).astype(int)
             return np.where(pick == 0, specials[which], bits)
-        return np.where(pick < 44, sign, bits) if manner == "sparse" else bits
+        if manner == "sparse":
+            zero = np.where(pick < 22, sign, sign | frac) if accumulator_of else sign  # or subnormal
+            return np.where(pick < 44, zero, bits)
+        return bits
     if manner == "bits":
         if accumulator_of and ty == "f32":  # near the products, or nothing but the accumulator would show
             return encode(ty, np.ldexp(normal, np.clip(shift * 2, -120, 120)))
@@ -105,13 +108,16 @@ def draw(seed: int, name: str, ty: str, count: int, manner: str, accumulator_of:
             low = {"tiny": 0, "huge": 251}[manner]
         else:
             reach = {"f16": (-46, 30), "e4m3": (-18, 15), "e5m2": (-32, 29)}[accumulator_of]
-            return encode(ty, np.ldexp(normal, reach[manner == "huge"] + shift % 5))
+            around = np.where(first >> np.uint64(62) == 0, 0.0, normal)
+            return encode(ty, np.ldexp(around, reach[manner == "huge"] + shift % 5))
     if ty == "tf32" or (ty == "bf16" and manner == "tiny"):  # products of subnormals would all be zero
-        low = {"tiny": 62, "huge": 188}[manner] if ty == "tf32" or manner == "tiny" else low
-    field = (np.uint64(low) + (second % np.uint64(3))).astype(uint(ty))
+        low = {"tiny": 50, "huge": 188}[manner] if ty == "tf32" or manner == "tiny" else low
+    spread = 14 if manner == "tiny" and low else 3
+    field = (np.uint64(low) + (second % np.uint64(spread))).astype(uint(ty))
     if not FORMATS[ty][2]:
         field = np.minimum(field + (manner == "huge"), (1 << e) - 2 if manner == "huge" else 2).astype(uint(ty))
-    return sign | (field << uint(ty).type(m)) | frac
+    bits = sign | (field << uint(ty).type(m)) | frac
+    return np.where(first >> np.uint64(62) == 0, sign, bits) if accumulator_of else bits
 
 
 def groups(seed: int, name: str, ty: str, number: int, each: int, accumulator_of: str = "") -> np.ndarray:

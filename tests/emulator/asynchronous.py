@@ -13,8 +13,8 @@ WRAPPERS = (Path(__file__).parent / "asynchronous.cuh").read_text()
 
 
 def launch(source, entry, grid, block, *args, arch="sm_90a", completion="early", order="min-pc", seed=0, shared=0,
-           roots=(), **options):  # fmt: skip
+           roots=(), cluster=None, **options):  # fmt: skip
     """Compile WRAPPERS and a source, and launch an extern "C" kernel under a completion schedule."""
     machine = Machine(arch, order=order, seed=seed, completion=completion, source_roots=roots, **options)
     ptx = compile_ptx(PRELUDE + WRAPPERS + source, arch)
-    return run_ptx(ptx, entry, grid, block, *args, machine=machine, shared=shared)
+    return run_ptx(ptx, entry, grid, block, *args, machine=machine, shared=shared, cluster=cluster)

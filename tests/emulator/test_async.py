@@ -5,7 +5,9 @@ import pytest
 from asynchronous import all_schedules, launch
 from programs import ARCHITECTURES
 
-from dsv4_rt.errors import Deadlock, KernelFault
+from dsv4_rt.emulated_device import EmulatedDevice, checks_from_environment
+from dsv4_rt.emulator import Machine
+from dsv4_rt.errors import Deadlock, DeviceError, EmulatorError, KernelFault
 
 WAITS = {
     "every thread waits": "bar_wait(&bar, 0);",
@@ -51,3 +53,25 @@ def test_a_wrong_parity_is_a_deadlock(rng, completion):
     wait = "bar_wait(&bar, 0); bar_wait(&bar, 1);"
     with pytest.raises(Deadlock, match=r"parity 1 of the mbarrier(.|\n)*phase 1, 1 of 1 arrivals pending"):
         launch(LOAD.replace("WAIT", wait), "load", 1, 128, x, x.copy(), completion=completion)
+
+
+def test_a_device_takes_the_schedule(monkeypatch):
+    assert EmulatedDevice("sm_90a", completion="late").machine.completion == "late"
+    monkeypatch.setenv("DSV4_RT_EMULATOR_COMPLETION", "random")
+    assert checks_from_environment() == {"completion": "random"}
+    monkeypatch.setenv("DSV4_RT_EMULATOR_COMPLETION", "sometimes")
+    with pytest.raises(DeviceError, match="DSV4_RT_EMULATOR_COMPLETION: 'sometimes' is none of early, late, random"):
+        checks_from_environment()
+    with pytest.raises(EmulatorError, match="completion 'sometimes' is none of early, late, random"):
+        Machine(completion="sometimes")
+
+
+def test_the_random_schedule_repeats_with_its_seed(rng):
+    x = rng.integers(0, 1 << 31, 3 * 256, np.uint32)
+
+    def steps(seed):
+        source = LOAD.replace("WAIT", "bar_wait(&bar, 0);")
+        return launch(source, "load", 3, 128, x, x.copy(), completion="random", seed=seed).instructions
+
+    assert steps(5) == steps(5)
+    assert len({steps(seed) for seed in range(20)}) > 1  # waits return false at different times

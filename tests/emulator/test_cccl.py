@@ -173,3 +173,23 @@ def test_ctas_that_wait_for_each_other(launch, arch, order):
     counter, before, after = np.zeros(1, np.int32), np.zeros(n, np.int32), np.zeros(n, np.int32)
     launch("groups_atomics", "grid_meeting", grid, block, counter, before, after, arch=arch, order=order, seed=9)
     np.testing.assert_array_equal(after, np.arange(n)[::-1] * 7)
+
+
+@pytest.mark.parametrize("order", ["min-pc", "random"])
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_cluster_histogram(launch, arch, order, size, rng):
+    x, bins = rng.integers(0, 256, 3000).astype(np.int32), np.zeros(256, np.uint32)
+    each = 256 // size
+    options = {"arch": arch, "order": order, "seed": 3, "shared": 4 * each, "cluster": size}
+    launch("cluster_groups", "histogram", 16, 64, x, np.int32(x.size), bins, np.int32(each), **options)
+    np.testing.assert_array_equal(bins, np.bincount(x, minlength=256))
+
+
+def test_cluster_group(launch, arch):
+    out = np.zeros((8, 32, 8), np.int32)
+    launch("cluster_groups", "facts", 8, 32, out, arch=arch, cluster=4)
+    rank, thread = np.arange(8) % 4, np.arange(32)
+    np.testing.assert_array_equal(out[:, 0, 0], rank)
+    np.testing.assert_array_equal(out[..., 2], rank[:, None] * 32 + thread)
+    expected = np.stack([np.full(8, 4), np.full(8, 128), rank, rank, 100 + (rank + 1) % 4, (rank + 1) % 4], 1)
+    np.testing.assert_array_equal(out[:, 5][:, [1, 3, 4, 5, 6, 7]], expected)

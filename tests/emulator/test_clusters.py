@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from programs import ARCHITECTURES, ORDERS, line_of, run, write_source
+from programs import ORDERS, PRELUDE, line_of, run, write_source
 
+from dsv4_rt.emulator import Machine
 from dsv4_rt.errors import Deadlock, KernelFault, LaunchError
+from dsv4_rt.launch import load
 
 CLUSTERS = [((2, 1, 1), (4, 2, 1)), ((1, 2, 1), (2, 4, 1)), ((2, 2, 1), (4, 2, 2)), ((1, 1, 2), (1, 1, 4)),
             ((2, 1, 2), (2, 1, 2)), ((8, 1, 1), (16, 1, 1)), ((4, 2, 2), (4, 2, 2))]  # fmt: skip
@@ -79,13 +81,19 @@ def expected_facts(cluster, grid):
     return rows
 
 
+def kernel(tmp_path, source, name, device):
+    """A kernel of a source on a device, so that a GPU can judge the test."""
+    path = tmp_path / "program.cu"
+    path.write_text(PRELUDE + source)
+    return load(str(path), name, device)
+
+
 @pytest.mark.parametrize(("cluster", "grid"), CLUSTERS)
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_ids_and_addresses_are_those_of_the_hardware(arch, cluster, grid):
+def test_ids_and_addresses_are_those_of_the_hardware(device, tmp_path, cluster, grid):
     n = int(np.prod(grid))
-    out = np.zeros((n, 32), np.uint32)
-    run(FACTS, "facts", grid, 1, out, arch=arch, cluster=cluster)
-    assert np.array_equal(out, expected_facts(cluster, grid))
+    out = device.array(np.zeros((n, 32), np.uint32))
+    kernel(tmp_path, FACTS, "facts", device).launch(grid, 1, out, cluster=cluster)
+    assert np.array_equal(device.numpy(out), expected_facts(cluster, grid))
 
 
 def test_a_launch_without_clusters_is_one_cta_a_cluster():
@@ -125,15 +133,49 @@ extern "C" __global__ void exchange(const u32* x, u32* y, int n) {
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("size", [1, 2, 4, 16])
 def test_exchange_through_distributed_shared_memory(rng, size, order):
-    grid = 16
-    x = rng.integers(0, 1000, (grid, 64)).astype(np.uint32)
-    y = np.full((grid, 64, 3), 0xFFFFFFFF, np.uint32)
-    run(EXCHANGE, "exchange", grid, 64, x, y, np.int32(0), cluster=size, order=order, seed=int(rng.integers(100)))
+    x = rng.integers(0, 1000, (16, 64)).astype(np.uint32)
+    y = np.full((16, 64, 3), 0xFFFFFFFF, np.uint32)
+    run(EXCHANGE, "exchange", 16, 64, x, y, np.int32(0), cluster=size, order=order, seed=int(rng.integers(100)))
+    check_exchange(x, y, size)
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 16])
+def test_exchange_on_every_device(device, rng, tmp_path, size):
+    x = rng.integers(0, 1000, (16, 64)).astype(np.uint32)
+    y = device.array(np.full((16, 64, 3), 0xFFFFFFFF, np.uint32))
+    ready = kernel(tmp_path, EXCHANGE, "exchange", device)
+    ready.launch(16, 64, device.array(x), y, np.int32(0), cluster=(size,))
+    check_exchange(x, device.numpy(y), size)
+
+
+def check_exchange(x, y, size):
     parts = x.reshape(-1, size, 64)
     assert np.array_equal(y[..., 0].reshape(-1, size, 64), np.repeat(parts.sum(1)[:, None, ::-1], size, 1))
     assert np.array_equal(y[..., 1].reshape(-1, size, 64), 3 * np.roll(parts, 1, 1))
     totals = np.broadcast_to(parts.sum((1, 2))[:, None, None], parts.shape)
     assert np.array_equal(y[..., 2].reshape(-1, size, 64), totals)
+
+
+def test_matrices_and_copies_of_every_rank(device, rng, tmp_path):
+    """Instructions that take shared addresses in other ways: their addresses carry the rank too."""
+    source = HELPERS + """extern "C" __global__ void pieces(const uint4* x, u32* y) {
+        __shared__ alignas(128) uint4 tile[32]; u32 t = threadIdx.x, a, b;
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(saddr(&tile[t])), "l"(x + 32 * blockIdx.x + t));
+        asm volatile("cp.async.wait_all;" ::: "memory");
+        __syncwarp();
+        asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(a) : "r"(saddr(&tile[t & 7])));
+        asm volatile("ldmatrix.sync.aligned.m8n8.x1.b16 {%0}, [%1];" : "=r"(b) : "l"((u64)&tile[t & 7]));
+        __syncwarp();
+        u32 to = saddr(&tile[8 + (t & 7)]);
+        asm volatile("stmatrix.sync.aligned.m8n8.x1.shared.b16 [%0], {%1};" :: "r"(to), "r"(a + b));
+        __syncwarp();
+        y[32 * blockIdx.x + t] = ((u32*)tile)[32 + t];
+        sync();
+    }"""
+    x = rng.integers(0, 1 << 15, (4, 32, 4), dtype=np.uint32)
+    y = device.array(np.zeros((4, 32), np.uint32))
+    kernel(tmp_path, source, "pieces", device).launch(4, 32, device.array(x), y, cluster=(4,))
+    assert np.array_equal(device.numpy(y), 2 * x.reshape(4, 128)[:, :32])
 
 
 def test_cluster_dims_of_the_kernel_hold_without_a_launch_attribute():
@@ -171,6 +213,34 @@ PLANTS = {
         sync();
         #endif""",
         r"the CTA exits while others may still access its shared memory|whose CTA has exited",
+    ),
+    "the owner is gone when the load comes": Plant(
+        """mine[t] = x[i]; sync();
+        #ifdef MUTANT
+        if (rank() == 1) return;
+        #endif
+        y[i] = remote_load(mapa(saddr(&mine[t]), rank() ^ 1)); // BUG
+        sync();""",
+        r"access to the shared memory of rank 1, whose CTA has exited", orders=("reverse",),
+    ),
+    "an asynchronous store with a foreign mbarrier": Plant(
+        """__shared__ u64 bar;
+        if (t == 0) {
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 64;" :: "r"(saddr(&bar)) : "memory");
+            asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        }
+        sync();
+        u32 to = mapa(saddr(&mine[t]), rank() ^ 1), b = mapa(saddr(&bar), rank() ^ 1);
+        #ifdef MUTANT
+        b = saddr(&bar);
+        #endif
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], 4;" :: "r"(saddr(&bar)) : "memory");
+        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" // BUG
+                     :: "r"(to), "r"(x[i]), "r"(b) : "memory");
+        asm volatile("{\\n.reg .pred P;\\nAGAIN:\\nmbarrier.try_wait.parity.shared::cta.b64 P, [%0], 0;\\n"
+                     "@P bra DONE;\\nbra AGAIN;\\nDONE:\\n}" :: "r"(saddr(&bar)) : "memory");
+        y[i] = mine[t]; sync();""",
+        r"st.async to rank 1 with an mbarrier of rank 0, not of one CTA",
     ),
     "store before the owner has read": Plant(
         """mine[t] = x[i]; sync();
@@ -289,3 +359,65 @@ def test_planted_bugs_are_found_where_they_are(rng, tmp_path, name):
             run(text, "test", 4, 64, x, np.zeros_like(x), cluster=2, order=order, roots=(tmp_path,))
         message = str(caught.value)
         assert f"program.cu:{line_of(text, 'BUG')}" in message, message
+
+
+ASYNC = HELPERS + """
+__device__ void init(u64* bar, u32 bytes) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(saddr(bar)) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(saddr(bar)), "r"(bytes) : "memory");
+}
+__device__ void wait_for(u64* bar) {
+    asm volatile("{\\n.reg .pred P;\\nAGAIN:\\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 P, [%0], 0;\\n"
+                 "@P bra DONE;\\nbra AGAIN;\\nDONE:\\n}" :: "r"(saddr(bar)) : "memory");
+}
+// Each CTA sends four words a thread to its right neighbour, and adds into a word of rank 0.
+extern "C" __global__ void send(const uint4* x, uint4* y, u32* totals) {
+    __shared__ uint4 box[64]; __shared__ u32 total; __shared__ u64 full, sums;
+    u32 t = threadIdx.x, right = (rank() + 1) % size();
+    if (t == 0) { total = 0; init(&full, TX); init(&sums, rank() == 0 ? size() * 64 * 4 : 0); }
+    sync();
+    uint4 v = x[64 * blockIdx.x + t];
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
+                 :: "r"(mapa(saddr(&box[t]), right)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w),
+                    "r"(mapa(saddr(&full), right)) : "memory");
+    asm volatile("red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.add.u32 [%0], %1, [%2];"
+                 :: "r"(mapa(saddr(&total), 0)), "r"(v.x), "r"(mapa(saddr(&sums), 0)) : "memory");
+    WAIT
+    y[64 * blockIdx.x + t] = box[t]; // READ
+    if (rank() == 0) { wait_for(&sums); if (t == 0) totals[blockIdx.x / size()] = total; }
+    sync();
+}
+"""
+
+
+@pytest.mark.parametrize("completion", ["early", "late", "random"])
+def test_asynchronous_stores_to_a_neighbour(rng, completion):
+    x = rng.integers(0, 1 << 20, (8, 64, 4)).astype(np.uint32)
+    y, totals = np.full_like(x, 7), np.full(2, 7, np.uint32)
+    source = ASYNC.replace("TX", "1024").replace("WAIT", "wait_for(&full);")
+    run(source, "send", 8, 64, x, y, totals, cluster=4, machine=Machine("sm_90a", completion=completion))
+    assert np.array_equal(y.reshape(2, 4, 64, 4), np.roll(x.reshape(2, 4, 64, 4), 1, 1))
+    assert np.array_equal(totals, x.reshape(2, -1, 4)[..., 0].sum(1))
+
+
+def test_asynchronous_stores_on_every_device(device, rng, tmp_path):
+    x = rng.integers(0, 1 << 20, (8, 64, 4)).astype(np.uint32)
+    y, totals = device.array(np.full_like(x, 7)), device.array(np.full(2, 7, np.uint32))
+    source = ASYNC.replace("TX", "1024").replace("WAIT", "wait_for(&full);")
+    kernel(tmp_path, source, "send", device).launch(8, 64, device.array(x), y, totals, cluster=(4,))
+    assert np.array_equal(device.numpy(y).reshape(2, 4, 64, 4), np.roll(x.reshape(2, 4, 64, 4), 1, 1))
+    assert np.array_equal(device.numpy(totals), x.reshape(2, -1, 4)[..., 0].sum(1))
+
+
+@pytest.mark.parametrize("completion", ["early", "late", "random"])
+def test_asynchronous_stores_without_a_wait_or_with_wrong_bytes(rng, completion):
+    x = np.zeros((8, 64, 4), np.uint32)
+    for tx, wait, error, message in (
+        ("1024", "", KernelFault, r"reads the destination of an asynchronous st.async"),
+        ("1040", "wait_for(&full);", Deadlock, r"mbarrier(.|\n)*16"),
+    ):
+        source = ASYNC.replace("TX", tx).replace("WAIT", wait)
+        machine = Machine("sm_90a", completion=completion)
+        with pytest.raises(error, match=message):
+            run(source, "send", 8, 64, x, x.copy(), np.zeros(2, np.uint32), cluster=4, machine=machine)

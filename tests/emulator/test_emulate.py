@@ -284,3 +284,20 @@ def test_launches_that_cannot_be(emulate, tmp_path):
         with pytest.raises(SystemExit) as stopped:
             emulate("tiny.ptx", *option)
         assert stopped.value.code == 2
+
+
+CLUSTER = """extern "C" __global__ void ranks(int* out) {
+    int r; asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+    if (threadIdx.x == 0) out[blockIdx.x] = r;
+}
+"""
+
+
+def test_clusters(emulate, tmp_path):
+    (tmp_path / "ranks.cu").write_text(CLUSTER)
+    launch = ("ranks.cu", "--grid", 4, "--block", 32, "--arg", "buf:i32:4:zeros")
+    assert finds(emulate, *launch)["cluster"] is None
+    found = finds(emulate, *launch, "--cluster", 2)
+    assert found["cluster"] == [2, 1, 1]
+    assert found["buffers"][0]["first"] == [0, 1, 0]
+    refused(emulate(*launch, "--cluster", 3), "clusters of (3, 1, 1) do not divide the grid (4, 1, 1)")

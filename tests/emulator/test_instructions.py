@@ -30,6 +30,13 @@ def half(value):
     return struct.unpack("<H", struct.pack("<e", value))[0]
 
 
+# One thread with an mbarrier at s+8 that expects 4 bytes; and its wait, after which s is read.
+ALONE = (
+    "mov.u32 i, %tid.x; setp.eq.u32 t, i, 0; @t mbarrier.init.shared::cta.b64 [s+8], 1; "
+    "@t mbarrier.arrive.expect_tx.shared::cta.b64 _, [s+8], 4; "
+)
+WAITED = " @t mbarrier.try_wait.parity.shared::cta.b64 u, [s+8], 0; @t ld.shared.u32 R, [s];"
+
 # a = 100 (u32), b = -7 (s32), c = 0x80001234, x = 1.5, y = -2.25 (f32), w = 2^40 + 5 (u64), v = -3 (s64),
 # X = 1.5, Y = -2.25 (f64), h = 1.5, g = -2.25 (f16), H = {1.5, -2.25} (f16x2), P = {x, y}, p = true, q = false.
 # A result in 32 bits lands in R or F, in 64 bits in Q or D, in 16 bits in S.
@@ -195,6 +202,12 @@ CASES = [
     ("mov.u64 Q, %clock64; mov.u64 Q, 1;", 1),
     ("membar.gl; fence.acq_rel.gpu; fence.sc.cta; nanosleep.u32 20;", 0),
     ("griddepcontrol.wait; griddepcontrol.launch_dependents;", 0),
+    ("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 { F,_,_,_}, {H,H,H,H}, {H,H}, {x,x,x,x};", f32(60)),
+    ("mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.u8.s32 {R,_,_,_}, {a,a,a,a}, {a,a}, {a,a,a,a};", 80100),
+    ("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 { D,_}, {X}, {Y}, {X,X};", f64(-12)),
+    ("movmatrix.sync.aligned.m8n8.trans.b16 R, H;", half(1.5) * 0x10001),
+    ("{ .shared .align 16 .b8 m[16]; stmatrix.sync.aligned.m8n8.x1.shared.b16 [m], {c}; "
+     "ldmatrix.sync.aligned.x1.m8n8.trans.shared.b16 {R}, [m]; }", 0x12341234),
     ("elect.sync _|t, -1; selp.u32 R, 1, 0, t;", 1),
     ("elect.sync R|t, -1; add.u32 R, R, 4;", 4),
     ("activemask.b32 R;", -1),
@@ -217,12 +230,58 @@ CASES = [
     ("st.shared.u32 [s], 5; atom.shared.inc.u32 R, [s], 1000; atom.shared.exch.b32 R, [s], 2; mov.u32 R, 3;", 3),
     ("st.volatile.shared.b8 [s], 200; ld.volatile.shared.s8 R, [s];", -56),
     ("add.u32 R, a, b; @!p add.u32 R, R, 1; @q ld.global.u32 R, [out];", 93),
+    ("mapa.shared::cluster.u32 R, s, 0; sub.u32 R, R, 1020;", 4),
+    ("mapa.shared::cluster.u32 R, s+4, a; and.b32 R, R, 0xff000fff;", (100 << 24) + 0x404),
+    ("mapa.u64 Q, SA, 5; shr.b64 Q, Q, 24;", 5),
+    ("getctarank.shared::cluster.u32 R, 0x3000400;", 3),
+    ("mapa.u64 o, SA, 6; getctarank.u64 R, o;", 6),
+    ("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned; mov.u32 R, %cluster_nctarank;", 1),
+    ("barrier.cluster.arrive.relaxed; barrier.cluster.wait; mov.u32 R, %cluster_ctarank;", 0),
+    ("mov.pred t, %is_explicit_cluster; selp.u32 R, 1, 0, t;", 0),
+    ("cvta.shared.u64 o, SA; isspacep.shared::cluster t, o; selp.u32 R, 1, 0, t;", 1),
+    ("st.shared::cluster.u32 [s], 5; ld.shared::cluster.u32 R, [s];", 5),
+    ("st.shared.u32 [s], 5; atom.relaxed.cluster.shared::cluster.add.u32 R, [s], 1;", 5),
+    (ALONE + "@t st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [s], 77, [s+8];" + WAITED, 77),
+    (
+        ALONE + "@t st.shared.u32 [s], 70; @t red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes"
+        ".add.u32 [s], 7, [s+8];" + WAITED,
+        77,
+    ),
+    # Asynchronous copies and mbarriers: every thread executes the line.
+    ("mbarrier.init.shared.b64 [s], 64; bar.sync 0; mbarrier.arrive.shared.b64 Q, [s];"
+     "mbarrier.test_wait.shared::cta.b64 t, [s], Q; selp.u32 R, 1, 0, t;", 1),
+    ("cvta.shared.u64 Q, SA; mbarrier.init.b64 [Q], 65; bar.sync 0; mbarrier.arrive.release.cta.b64 _, [Q];"
+     "mbarrier.test_wait.parity.acquire.cta.b64 t, [Q], 0; selp.u32 R, 1, 0, t;", 0),
+    ("mbarrier.init.shared.b64 [s], 100; bar.sync 0; mbarrier.arrive.noComplete.shared.b64 Q, [s], 1;"
+     "mbarrier.pending_count.b64 R, Q;", 100),
+    ("mbarrier.init.shared.b64 [s], 65; bar.sync 0; mbarrier.arrive_drop.noComplete.shared.b64 Q, [s], 1;"
+     "mbarrier.pending_count.b64 R, Q;", 65),
+    ("mbarrier.init.shared.b64 [s], 64; bar.sync 0; mbarrier.expect_tx.relaxed.cta.shared.b64 [s], 16;"
+     "mbarrier.complete_tx.relaxed.cta.shared.b64 [s], 16; mbarrier.arrive.expect_tx.shared.b64 _, [s], 32;"
+     "mbarrier.complete_tx.shared.b64 [s], 32; mbarrier.try_wait.parity.shared.b64 t, [s], 0, 100;"
+     "selp.u32 R, 1, 0, t;", 1),
+    ("mbarrier.init.shared.b64 [s], 1; bar.sync 0; mbarrier.inval.shared.b64 [s]; bar.sync 0;"
+     "st.shared.u32 [s], 5; ld.shared.u32 R, [s];", 5),
+    ("cp.async.ca.shared.global [s], [out], 4; cp.async.commit_group; cp.async.wait_group 0; bar.sync 0;"
+     "ld.shared.u32 R, [s]; add.u32 R, R, 7;", 7),
+    ("cp.async.cg.shared.global.L2::128B [s], [out], 16, 0; cp.async.wait_all; bar.sync 0;"
+     "ld.shared.u32 R, [s+12]; add.u32 R, R, 8;", 8),
+    ("mbarrier.init.shared.b64 [s], 64; bar.sync 0; cp.async.mbarrier.arrive.noinc.shared.b64 [s];"
+     "mbarrier.try_wait.parity.shared.b64 t, [s], 0; selp.u32 R, 1, 0, t;", 1),
+    ("cp.async.bulk.prefetch.L2.global [out], 16; cp.async.bulk.commit_group; cp.async.bulk.wait_group 0;"
+     "cp.async.bulk.wait_group.read 1; mov.u32 R, a;", 100),
+    ("fence.proxy.async; fence.proxy.async.global; fence.proxy.async.shared::cta; fence.proxy.alias;"
+     "fence.mbarrier_init.release.cluster; fence.proxy.tensormap::generic.release.gpu;"
+     "fence.proxy.tensormap::generic.acquire.gpu [out], 128; fence.acq_rel.cluster; mov.u32 R, a;", 100),
+    ("setmaxnreg.inc.sync.aligned.u32 64; griddepcontrol.wait; nanosleep.u32 20; mov.u32 R, a;", 100),
+    ("mov.u64 Q, %globaltimer; mov.u64 w, %globaltimer; setp.gt.u64 t, w, Q; selp.u32 R, 1, 0, t;", 1),
+    ("mov.u32 R, %clock; mov.u32 H, %clock; sub.u32 R, H, R; setp.gt.s32 t, R, 0; selp.u32 R, 1, 0, t;", 1),
 ]
 
 PROLOGUE = """
     .reg .pred p, q, t, u; .reg .b16 h, g, S; .reg .b8 B; .reg .b32 a, b, c, H, R, i; .reg .f32 x, y, F;
     .reg .b64 w, v, Q, P, out, o, SA; .reg .f64 X, Y, D;
-    .shared .align 8 .b8 s[16]; .local .align 8 .b8 l[16];
+    .shared .align 16 .b8 s[16]; .local .align 8 .b8 l[16];
     mov.u32 a, 100; mov.s32 b, -7; mov.b32 c, 0x80001234; mov.f32 x, 0f3FC00000; mov.f32 y, 0fC0100000;
     mov.u64 w, 0x10000000005; mov.s64 v, -3; mov.f64 X, 0d3FF8000000000000; mov.f64 Y, 0dC002000000000000;
     mov.b16 h, 0x3E00; mov.b16 g, 0xC080; mov.b32 H, {h, g}; mov.b64 P, {x, y};
