@@ -70,8 +70,8 @@ def dense_router_decode(
         logits: [N, E] float32 to keep the logits in, rows may be strided; they are not kept if None.
         out: (weights, ids) to write into, rows may be strided; allocated if None. A captured CUDA graph needs it given.
         stream: the stream to launch on; the caller's current stream if None. Never synchronises.
-        pdl: launch with programmatic stream serialisation; the kernel ahead may write hidden, and neither w_gate nor
-            e_bias: w_gate is on its way before that kernel ends.
+        pdl: launch with programmatic stream serialisation; the kernel ahead may write hidden. w_gate and e_bias must be
+            complete before that kernel starts: w_gate is on its way before it ends.
 
     Returns:
         weights: [N, top_k] float32, no unit.
@@ -257,6 +257,15 @@ def check_rows_aligned(operation: str, name: str, ptr: int, stride: int, itemsiz
         )
 
 
+def check_rows_apart(operation: str, name: str, stride: int, width: int) -> None:
+    """Refuse rows that overlap: cuBLAS takes no such matrix."""
+    if stride < width:
+        raise ArgumentError(
+            f"{operation}: rows of {name} are {stride} elements apart and {width} wide; for the product of many tokens "
+            "they must not overlap; copy it first"
+        )
+
+
 def _plan_dense_router_decode(call: Call) -> Plan:
     hidden, w_gate, e_bias, workspace, logits = call.inputs
     assert hidden is not None
@@ -312,8 +321,8 @@ _DENSE_ROUTER_DECODE = Operation(
 
 # ---------------------------------------------------------------------------------------- dense_router_prefill
 
-# activation_topk after cuBLAS by programmatic dependent launch: 0.9 us gained at 64 tokens, 0.2 us lost at 1024.
-# bench/results/h200-dense-router-decode-tiles.txt, "cuBLAS + activation_topk".
+# activation_topk after cuBLAS by programmatic dependent launch: 1.0 us gained at 512 tokens, 0.2 us lost at 4096.
+# bench/results/h200-router.txt, pair and pair PDL.
 PREFILL_PDL_LIMIT = 512
 
 
@@ -385,13 +394,15 @@ def _plan_dense_router_prefill(call: Call) -> Plan:
     check_gate_shape(operation, E, K, k)
     ready = None
     if N:
-        check_rows_aligned(operation, "hidden", hidden.ptr, hidden.strides[0] if N > 1 else 0, 2)
+        stride = hidden.strides[0] if N > 1 else K
+        check_rows_aligned(operation, "hidden", hidden.ptr, stride, 2)
+        check_rows_apart(operation, "hidden", stride, K)
         weights_stride, ids_stride, pitch = (k, k, E) if call.outputs is None else (o.strides[0] for o in call.outputs)
         wide = E % 4 == 0 and pitch % 4 == 0 and e_bias.ptr % 16 == 0
         strides, pdl = (pitch, weights_stride, ids_stride), N <= PREFILL_PDL_LIMIT
         then = prepare_activation_topk(call.device, N, E, k, scale, wide=wide, strides=strides, pdl=pdl)
         # pointers: hidden, w_gate, e_bias, weights, ids, logits
-        ready = ProductThen(product, None, (N, E, K, max(hidden.strides[0], K), pitch), then, (5, 2, 3, 4))
+        ready = ProductThen(product, None, (N, E, K, stride, pitch), then, (5, 2, 3, 4))
     return Plan((((N, k), F32), ((N, k), I32), ((N, E), F32)), ready)
 
 

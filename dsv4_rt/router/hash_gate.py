@@ -54,8 +54,9 @@ def hash_gate(
         routed_scaling_factor: finite; 1.5 in Flash, 2.5 in Pro.
         out: (weights, ids) to write into, rows may be strided; allocated if None. A captured CUDA graph needs it given.
         stream: the stream to launch on; the caller's current stream if None. Never synchronises.
-        pdl: launch with programmatic stream serialisation; the kernel ahead may write hidden, and nothing else that is
-            read here: the weights of the experts are on their way before that kernel ends.
+        pdl: launch with programmatic stream serialisation; the kernel ahead may write hidden. What else is read here,
+            token_ids too, must be complete before that kernel starts: the weights of the experts are on their way
+            before it ends.
 
     Returns:
         weights: [N, k] float32, no unit.
@@ -87,7 +88,7 @@ def hash_gate_from_logits(
     Args:
         logits: [N, E] float32; rows may be strided.
         token_ids, table, routed_scaling_factor, out, stream, pdl: as for `hash_gate`; with pdl the kernel ahead may
-            write logits and token_ids, not table.
+            write logits and token_ids.
 
     Returns:
         weights: [N, k] float32; ids: [N, k] int32.

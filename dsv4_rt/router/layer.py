@@ -274,7 +274,8 @@ class Router:
                 gives expert -1, weight 0.
             out: (weights, ids) to write into instead of the router's buffers, rows may be strided.
             stream: the stream to launch on; the caller's current stream if None.
-            pdl: programmatic dependent launch: the kernel ahead may write hidden, but not token_ids.
+            pdl: programmatic dependent launch: the kernel ahead may write hidden; token_ids must be complete before it
+                starts.
 
         Returns:
             weights: [N, top_k] float32, ids: [N, top_k] int32: views of the router's buffers in the caller's kind of
@@ -340,6 +341,8 @@ class Router:
         if "hidden" in views and N:
             pitch = views["hidden"].strides[0] if N > 1 else pitch
             dense.check_rows_aligned("Router", "hidden", views["hidden"].ptr, pitch, 2)
+            if self._whole_product(N):
+                dense.check_rows_apart("Router", "hidden", pitch, self.hidden_size)
         token = views["token_ids"].dtype if "token_ids" in views else None
         home = framework(hidden if hidden is not None else token_ids)
         results = tuple(home.adopt(self._arrays[name][:N]) for name in ("weights", "ids"))

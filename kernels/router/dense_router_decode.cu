@@ -17,7 +17,7 @@
 //           k <= E; ITEMS = 4 * ceil(E / 128), at most 16; TOKENS <= WARPS, TOKENS * EXPERTS <= 32. K a multiple of 8,
 //           rows of hidden and w_gate 16 B aligned. grid = (ceil(E / EXPERTS), ceil(N / TOKENS)), at most 64 in y,
 //           block = 32 * WARPS, static shared memory. workspace: gate_exchange.cuh. Host returns at N = 0.
-//           May follow a kernel by programmatic dependent launch if that kernel writes neither w_gate nor e_bias.
+//           May follow a kernel by programmatic dependent launch if w_gate and e_bias are complete before it starts.
 
 #include "chunk.cuh"
 #include "gate_exchange.cuh"

@@ -28,7 +28,7 @@
 //           and w_gate 16 B aligned. cluster = C = 1 .. 8, grid = (C * ceil(E / (16 * GROUPS)), ceil(N / (8 * TILES)))
 //           with at most 64 tiles in all, block = 256, static shared memory. STEPS * 32 channels a warp are in flight at
 //           once, in rounds if that is not all. workspace: gate_exchange.cuh. Host returns at N = 0.
-//           May follow a kernel by programmatic dependent launch if that kernel writes neither w_gate nor e_bias.
+//           May follow a kernel by programmatic dependent launch if w_gate and e_bias are complete before it starts.
 
 #include "cluster.cuh"
 #include "gate_exchange.cuh"

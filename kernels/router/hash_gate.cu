@@ -17,9 +17,10 @@
 //           logits at random. Bound by latency (token, table, weights: three trips to memory), then by L2.
 // Launch    hash_gate<W, Token, Entry, TOP, CHUNKS, WARPS>: W bf16 or float; Token and Entry int or long long;
 //           TOP = k in 1 .. 16; K a multiple of 8, rows of hidden and w_gate 16 B aligned. grid = N, block = 32 * WARPS.
-//           May follow a kernel by programmatic dependent launch if that kernel writes neither w_gate, token nor table.
+//           May follow a kernel by programmatic dependent launch if w_gate, token and table are complete before that
+//           kernel starts.
 //           hash_gate_from_logits<Token, Entry, TOP, WARPS>: grid = ceil(N / (2 * WARPS)), block = 32 * WARPS.
-//           May follow a kernel by programmatic dependent launch. Host returns at N = 0.
+//           May follow a kernel by programmatic dependent launch: nothing is read before it ends. Host returns at N = 0.
 
 #include "chunk.cuh"
 #include "gate.cuh"

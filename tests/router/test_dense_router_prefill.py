@@ -71,6 +71,9 @@ def test_says_what_is_wrong(emulator):
     assert product.library == "NumPy"
     with pytest.raises(ArgumentError, match="give both logits and out, or neither"):
         dense_router_prefill(x, w, b, product=product, logits=np.zeros((4, 64), np.float32))
+    same = np.lib.stride_tricks.as_strided(x, (4, 128), (0, 2))
+    with pytest.raises(ArgumentError, match="rows of hidden are 0 elements apart and 128 wide"):
+        dense_router_prefill(same, w, b, product=product)
     with pytest.raises(ArgumentError, match="product must be a GateProduct of EmulatedDevice"):
         dense_router_prefill(x, w, b, product=7)
     with pytest.raises(ArgumentError, match=r"w_gate does not fit(.|\n)*dtype must be bfloat16"):

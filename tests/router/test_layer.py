@@ -107,6 +107,16 @@ def test_strided_hidden_states(device, cublas, rng):
         reference.check_dense_router(device.numpy(weights), device.numpy(ids), hidden, w_gate, bias, 6, 1.5, bound)
 
 
+def test_the_same_row_for_all_tokens(emulator, rng):
+    router, w_gate, bias = dense_router(rng, max_num_tokens=70)
+    hidden = rng.standard_normal((1, K)).astype(BF16)
+    same = np.lib.stride_tricks.as_strided(hidden, (70, K), (0, 2))
+    weights, ids = router(same[:9])
+    reference.check_dense_router(weights, ids, same[:9], w_gate, bias, 6, 1.5, units(9, E, K, BF16))
+    with pytest.raises(ArgumentError, match="Router: rows of hidden are 0 elements apart and 128 wide"):
+        router(same)
+
+
 def test_finalize_again_recovers_from_a_launch_cut_short(device, rng):
     router, _, _ = dense_router(rng, max_num_tokens=16)
     hidden = device.array(rng.standard_normal((5, K)).astype(BF16))
