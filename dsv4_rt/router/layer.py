@@ -189,30 +189,31 @@ class Router:
             ArgumentError: no weights were loaded.
             DeviceError: max_num_tokens wants cuBLAS, and it is not installed.
         """
-        if not self._host:
+        if not (self._host or self._arrays):
             raise ArgumentError("Router.finalize_weights: no weights; call load_weights or load_checkpoint first")
-        for name, x in self._host.items():
+        loaded = self._host
+        for name, x in loaded.items():
             self._put(name, x)
         N, E, k = self.max_num_tokens, self.num_experts, self.top_k
         self._put("weights", np.zeros((N, k), np.float32))
         self._put("ids", np.zeros((N, k), np.int32))
         if self._kind == "dense":
-            limit = min(N, dense.decode_limit(self._host["W_gate"].dtype))
+            limit = min(N, dense.decode_limit(self._arrays["W_gate"].dtype))
             self._put("workspace", np.zeros(dense.workspace_words(E, limit), np.int32))
         if self._whole_product(N):
             if self._product is None:
                 self._product = GateProduct(self.device)
             self._put("logits", np.zeros((N, E), np.float32))
-            if self._host["W_gate"].dtype == F32:
-                for i, part in enumerate(bf16_parts(self._host["W_gate"])):
+            if self._arrays["W_gate"].dtype == F32:
+                for i, part in enumerate(bf16_parts(loaded["W_gate"]) if loaded else ()):
                     self._put(f"part{i}", part)
                 self._parts = tuple(self._address(f"part{i}") for i in range(3))
             else:
                 self._parts = (self._address("W_gate"),)
         self._known.clear()
-        self._final = True
         self._warm_up()
         self.device.synchronize()
+        self._host, self._final = {}, True
 
     def _put(self, name: str, x: np.ndarray[Any, Any]) -> None:
         """Copy to the device, into the array of that name if there is a fitting one: graphs hold its address."""
@@ -231,8 +232,7 @@ class Router:
             return False
         if self._kind == "gate":
             return N > hash_gate.HASH_GATE_LIMIT
-        dtype = self._arrays["W_gate"].dtype
-        return N > dense.decode_limit(dtype)
+        return N > dense.decode_limit(self._arrays["W_gate"].dtype)
 
     def _warm_up(self) -> None:
         """Load the kernel of every choice a number of tokens can lead to; let cuBLAS load those of common sizes."""
@@ -245,11 +245,11 @@ class Router:
         if self._product is not None:
             E, K = self.num_experts, self.hidden_size
             most = min(self.max_num_tokens, 1024)
-            hidden = view(self.device.array(np.zeros((most, K), BF16))).ptr
-            stream = self.device.current_stream()
+            hidden = self.device.array(np.zeros((most, K), BF16))
+            pointers = (view(hidden).ptr, self._parts, self._address("logits"))
             for N in {min(2**i, most) for i in range(6, 11)}:
-                self._product.run(hidden, self._parts, self._address("logits"), N, E, K, K, E, stream)
-            self.device.synchronize()
+                self._product.run(*pointers, N, E, K, K, E, self.device.current_stream())
+            self.device.synchronize()  # hidden is read until here
 
     # --------------------------------------------------------------------------------------------------- calls
 

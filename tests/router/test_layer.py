@@ -117,6 +117,18 @@ def test_the_same_row_for_all_tokens(emulator, rng):
         router(same)
 
 
+def test_finalize_again_keeps_what_is_on_the_device(device, cublas, rng):
+    router, w_gate, bias = dense_router(rng, F32, max_num_tokens=140)
+    addresses = {name: router._address(name) for name in router._arrays}
+    router.finalize_weights()
+    assert {name: router._address(name) for name in router._arrays} == addresses
+    for N in (5, 140):
+        hidden = rng.standard_normal((N, K)).astype(BF16)
+        weights, ids = (device.numpy(x) for x in router(device.array(hidden)))
+        bound = max(product_units(K, 3), units(N, E, K, F32))
+        reference.check_dense_router(weights, ids, hidden, w_gate, bias, 6, 1.5, bound)
+
+
 def test_finalize_again_recovers_from_a_launch_cut_short(device, rng):
     router, _, _ = dense_router(rng, max_num_tokens=16)
     hidden = device.array(rng.standard_normal((5, K)).astype(BF16))
