@@ -38,6 +38,8 @@ from dsv4_rt.emulator.mbarrier import Mbarriers
 from dsv4_rt.emulator.memory import LOCAL_FIRST, LaneFault, LaneMemory
 from dsv4_rt.emulator.races import Races, RacyGeneric, RacyShared
 from dsv4_rt.emulator.report import LaunchReport, Triple, fault, where
+from dsv4_rt.emulator.tiles import Tiles
+from dsv4_rt.emulator.waits import Waits
 from dsv4_rt.emulator.watched import WatchedMemory
 from dsv4_rt.emulator.wgmma import Warpgroups
 from dsv4_rt.errors import Deadlock, EmulatorError, KernelFault, UnsupportedInstruction
@@ -111,22 +113,6 @@ class Group:
         return 1 + int(np.count_nonzero(warp[1:] != warp[:-1]))
 
 
-class Wait:
-    """Lanes parked at an mbarrier's wait: which barrier each waits for, and the state or parity of its phase."""
-
-    def __init__(self, group: Group, at: Array, value: Array, parity: bool) -> None:
-        self.group, self.at, self.value, self.parity = group, at, value, parity
-
-    def part(self, chosen: Array) -> Wait:
-        return Wait(Group(self.group.lanes[chosen]), self.at[chosen], self.value[chosen], self.parity)
-
-    def joined(self, other: Wait) -> Wait:
-        lanes = np.concatenate([self.group.lanes, other.group.lanes])
-        order = np.argsort(lanes)
-        at, value = np.concatenate([self.at, other.at]), np.concatenate([self.value, other.value])
-        return Wait(Group(lanes[order]), at[order], value[order], self.parity)
-
-
 class Batch:
     def __init__(
         self,
@@ -155,6 +141,7 @@ class Batch:
         self.local = LaneMemory("local", self.nlanes, program.entry.frame_size + program.local_bytes, LOCAL_FIRST)
         self.engine = Engine(self, machine.completion, machine.dice)
         self.mbarriers = Mbarriers(self)
+        self.tiles = Tiles(self)
         self.warpgroups = Warpgroups(self)
         self.generic: RacyGeneric = RacyGeneric(self.memory, self.shared, self.local)
         self.shared_base = self.shared.bases(self.cta)
@@ -172,7 +159,7 @@ class Batch:
         self.returns: dict[int, Array] = {}
         self.ready: dict[Key, Group] = {}
         self.parked: dict[Key, Group] = {}
-        self.waiting: dict[Key, Wait] = {}  # at an mbarrier
+        self.waits = Waits(self)
         self.at_barrier = np.full(self.nlanes, -1, np.int64)  # barrier each parked lane waits at
         self.wants = np.zeros(self.nlanes, np.int64)  # threads its barrier needs, 0 for all
         self.arrived = np.zeros((count, 16), np.int64)  # by bar.arrive
@@ -275,7 +262,9 @@ class Batch:
             self._merge(self.ready, key, group)
             return
         if is_wait(block.sync):
-            self._wait(key, block.sync, group)
+            sync, lanes = block.sync, group.lanes
+            addr, value = self._address(key, sync.args[1], lanes), self._operand(key, sync.args[2], lanes)
+            self._admit(self.waits.park(key, sync, lanes, addr, value))
             return
         if is_warpgroup_sync(block.sync):
             self._merge(self.parked, key, group)
@@ -289,7 +278,7 @@ class Batch:
             self._release_warps(key)
             return
         if is_cluster_wait(block.sync):
-            self._wait_at_cluster(key, block.sync, group)
+            self.cluster_barrier().wait(key, block.sync, group)
             return
         ids, counts = self._barrier_operands(key, block.sync, group.lanes)
         self.at_barrier[group.lanes] = ids
@@ -297,48 +286,10 @@ class Batch:
         self._merge(self.parked, key, group)
         self._release_barriers()
 
-    def _wait(self, key: Key, sync: Instr, group: Group) -> None:
-        """Park the lanes whose phase is not complete."""
-        lanes = group.lanes
-        generic = not any(mod.startswith("shared") for mod in sync.mods)
-        addr = self._address(key, sync.args[1], lanes)
-        try:
-            at = self.mbarriers.locate(lanes, addr, generic, sync.name)
-        except LaneFault as error:
-            raise self.fault(error.what, sync, lanes[error.bad]) from None
-        value = self._operand(key, sync.args[2], lanes)
-        wait = Wait(group, at, value, "parity" in sync.mods)
-        over = self.mbarriers.over(at, value, wait.parity)
-        if over.all():
-            self._merge(self.ready, key, group)
-            return
-        if over.any():
-            self._merge(self.ready, key, Group(lanes[over]))
-            wait = wait.part(~over)
-        other = self.waiting.get(key)
-        self.waiting[key] = wait if other is None else other.joined(wait)
-
-    def _wake(self) -> None:
-        """Phases have completed: let those go who wait for them."""
-        self.mbarriers.flipped = False
-        for key, wait in list(self.waiting.items()):
-            over = self.mbarriers.over(wait.at, wait.value, wait.parity)
-            if over.all():
-                del self.waiting[key]
-                self._merge(self.ready, key, wait.group)
-            elif over.any():
-                self.waiting[key] = wait.part(~over)
-                self._merge(self.ready, key, Group(wait.group.lanes[over]))
-
-    def _expire(self) -> None:
-        """Nothing else can go on: the waits return that their phase is not complete, as they may on hardware."""
-        for key, wait in self.waiting.items():
-            self._merge(self.ready, key, wait.group)
-        self.waiting.clear()
-
-    def waiters(self, at: int) -> int:
-        """How many lanes wait for the mbarrier at a position."""
-        return sum(int(np.count_nonzero(wait.at == at)) for wait in self.waiting.values())
+    def _admit(self, free: list[tuple[Key, Array]]) -> None:
+        """Lanes need not wait for their mbarriers any more."""
+        for key, lanes in free:
+            self._merge(self.ready, key, Group(lanes))
 
     def _address(self, key: Key, operand: Operand, lanes: Array) -> Array:
         """The address operand of a sync instruction at the start of its block."""
@@ -392,35 +343,11 @@ class Batch:
         mask = self._operand(key, sync_mask(sync), lanes)
         self._let_go(key, collective.complete(self.nlanes, lanes, mask, self.alive))
 
-    def _wait_at_cluster(self, key: Key, sync: Instr, group: Group) -> None:
-        """barrier.cluster.wait: park until every thread of the cluster that has not exited has arrived."""
+    def cluster_barrier(self) -> Clusters:
+        """The cluster barrier, also in a launch without clusters."""
         if self.clusters is None:
             self.clusters = Clusters(self, 1)
-        bad = self.clusters.check_arrived(group.lanes)
-        if len(bad):
-            raise self.fault("barrier.cluster.wait without a barrier.cluster.arrive before it", sync, group.lanes[bad])
-        self._merge(self.parked, key, group)
-        self._release_clusters()
-
-    def _release_clusters(self) -> None:
-        if self.clusters is None:
-            return
-        self.clusters.complete()
-        for key in list(self.parked):
-            sync = self.program.blocks[key[1]].sync
-            if is_cluster_wait(sync):
-                lanes = self.parked[key].lanes
-                free = self.clusters.may_pass(lanes)
-                if sync is not None and "aligned" in sync.mods and free.any():
-                    free &= collective.complete(self.nlanes, lanes, np.full(len(lanes), 0xFFFFFFFF, U32), self.alive)
-                self.clusters.passed(lanes[free])
-                self._let_go(key, free)
-
-    def cluster_arrive(self, lanes: Array) -> None:
-        """barrier.cluster.arrive: counted, not waited for."""
-        if self.clusters is None:
-            self.clusters = Clusters(self, 1)
-        self.clusters.arrive(lanes)
+        return self.clusters
 
     def _is_warp_barrier(self, key: Key) -> bool:
         sync = self.program.blocks[key[1]].sync
@@ -535,7 +462,7 @@ class Batch:
             if self.engine.queue and self.engine.completion == "random":
                 self.engine.step()
             if self.mbarriers.flipped:
-                self._wake()
+                self._admit(self.waits.wake())
             version = self._version()
             awake = [k for k, g in self.ready.items() if g.asleep_at != version] if self.ready else []
             if awake:
@@ -548,9 +475,9 @@ class Batch:
                 continue
             if self.engine.pump():
                 continue
-            if self.waiting and expired < EXPIRIES:
+            if self.waits.parked and expired < EXPIRIES:
                 expired += 1
-                self._expire()
+                self._admit(self.waits.expire())
                 continue
             if self.ready:
                 idle += 1
@@ -560,7 +487,7 @@ class Batch:
                     group.asleep_at = -1
                     group.spins = SPINS
                 continue
-            if self.waiting:
+            if self.waits.parked:
                 return False
             if self.parked:
                 self._recheck()
@@ -580,7 +507,8 @@ class Batch:
             if key in self.parked and is_warp_sync(self.program.blocks[key[1]].sync or Instr("", (), [])):
                 self._release_warps(key)
         self._release_barriers()
-        self._release_clusters()
+        if self.clusters is not None:
+            self.clusters.release()
 
     def _step(self, key: Key) -> None:
         group = self.ready.pop(key)
@@ -774,7 +702,7 @@ class Batch:
 
     def describe_waiting(self) -> list[str]:
         """One paragraph for each group that waits: where, how many threads, and whom for."""
-        lines = self._describe_mbarriers()
+        lines = self.waits.describe()
         for groups, how in ((self.parked, "wait at"), (self.ready, "poll memory that nobody writes, in a loop at")):
             for key, group in sorted(groups.items()):
                 block = self.program.blocks[key[1]]
@@ -783,25 +711,6 @@ class Batch:
                 place = where(self.program.ptx, ins, self.machine.source_roots, "    ")
                 lines.append(f"  {len(group.lanes)} threads, first CTA {cta} thread {thread}, {how}{place}")
                 lines.extend(self._missing(key, group))
-        return lines
-
-    def _describe_mbarriers(self) -> list[str]:
-        """Who waits for which mbarrier, and what its phase lacks."""
-        lines = []
-        for key, wait in sorted(self.waiting.items()):
-            ins = self.program.blocks[key[1]].sync
-            place = where(self.program.ptx, ins, self.machine.source_roots, "    ")
-            for at in np.unique(wait.at).tolist():
-                lanes = wait.group.lanes[wait.at == at]
-                cta, thread = self.thread(int(lanes[0]))
-                lines.append(f"  {len(lanes)} threads, first CTA {cta} thread {thread}, wait at{place}")
-                barrier = self.mbarriers.live.get(at)
-                value = int(wait.value[wait.at == at][0])
-                asked = f"parity {value & 1}" if wait.parity else f"phase {value >> 20}"
-                state = barrier.describe() if barrier is not None else "not initialised"
-                lines.append(f"    for {asked} of {self.mbarriers.name(at)}: {state}")
-                if barrier is not None:
-                    lines.append(f"    it was initialised at{self.engine.place(barrier.line)}")
         return lines
 
     def _missing(self, key: Key, group: Group) -> list[str]:

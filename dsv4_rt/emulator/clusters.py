@@ -19,12 +19,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from dsv4_rt.emulator import collective
+from dsv4_rt.emulator.ir import is_cluster_wait
 from dsv4_rt.emulator.memory import SHARED_WINDOW, LaneFault, LaneMemory
 from dsv4_rt.emulator.report import Triple, where
 
 if TYPE_CHECKING:
     from dsv4_rt.emulator.async_ import Op
-    from dsv4_rt.emulator.batch import Batch
+    from dsv4_rt.emulator.batch import Batch, Group
+    from dsv4_rt.emulator.ir import Instr
 
 Array = npt.NDArray[Any]
 I64, U32, U64 = np.int64, np.uint32, np.uint64
@@ -111,22 +114,36 @@ class Clusters:
             self.given[cluster] = self.released.pop(cluster)
         self.phase[done] += 1
 
-    def may_pass(self, lanes: Array) -> Array:
-        """Which of the lanes that wait at the barrier can go on; they then may arrive again."""
-        free: Array = self.arrived[lanes] < self.phase[self.of[lanes]]
-        return free
+    def wait(self, key: tuple[int, int], sync: Instr, group: Group) -> None:
+        """barrier.cluster.wait: park lanes until every thread of the cluster that has not exited has arrived."""
+        bad = np.nonzero(self.arrived[group.lanes] < 0)[0]
+        if len(bad):
+            what = "barrier.cluster.wait without a barrier.cluster.arrive before it"
+            raise self.batch.fault(what, sync, group.lanes[bad])
+        self.batch._merge(self.batch.parked, key, group)
+        self.release()
 
-    def passed(self, lanes: Array) -> None:
+    def release(self) -> None:
+        """Let those go whose phase is complete; of .aligned waits whole warps."""
+        self.complete()
+        batch = self.batch
+        for key in list(batch.parked):
+            sync = batch.program.blocks[key[1]].sync
+            if sync is None or not is_cluster_wait(sync):
+                continue
+            lanes = batch.parked[key].lanes
+            free = self.arrived[lanes] < self.phase[self.of[lanes]]
+            if "aligned" in sync.mods and free.any():
+                free &= collective.complete(batch.nlanes, lanes, np.full(len(lanes), 0xFFFFFFFF, U32), batch.alive)
+            self._pass(lanes[free])
+            batch._let_go(key, free)
+
+    def _pass(self, lanes: Array) -> None:
         """Lanes leave the barrier: they know what all did before they arrived."""
         self.arrived[lanes] = -1
         for cluster in np.unique(self.of[lanes]).tolist():
             self.batch.races.acquire(lanes[self.of[lanes] == cluster], self.given[cluster])
         self.observed(lanes)
-
-    def check_arrived(self, lanes: Array) -> Array:
-        """Positions of lanes that wait without having arrived."""
-        found: Array = np.nonzero(self.arrived[lanes] < 0)[0]
-        return found
 
     def waiting_for(self, lane: int) -> str:
         """Whom a lane at the barrier waits for, for the deadlock report."""

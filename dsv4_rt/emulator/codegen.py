@@ -404,18 +404,6 @@ class Emitter:
         self.namespace[name] = np.array(values, np.intp)
         return name
 
-    def flush(self, reg: Reg) -> None:
-        """Put a register where it is kept between blocks, and forget what it holds: something else will write it."""
-        name = self.env.pop(reg, None)
-        if name is None:
-            return
-        for other, also in list(self.env.items()):
-            if also == name:
-                self.env[other] = self.temp(f"{name}.copy()", name in self.constant)
-        if reg in self.dirty:
-            del self.dirty[reg]
-            self._write_back(self.layout.slots[reg], name, set())
-
     def now_set(self, regs: list[Reg]) -> None:
         """Something else than `define` has set these registers."""
         for reg in regs:

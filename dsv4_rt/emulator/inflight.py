@@ -54,12 +54,15 @@ class Completion:
 
 
 class Entry:
-    """A range of shared memory that an op reads or writes; positions in the batch's shared memory."""
+    """A range of shared memory that an op reads or writes; positions in the batch's shared memory.
 
-    __slots__ = ("hi", "lo", "op", "seen", "what", "write")
+    Without an op it is a live mbarrier, initialised on a line.
+    """
 
-    def __init__(self, op: Op | None, lo: int, hi: int, write: bool, seen: Completion | None, what: str = "") -> None:
-        self.op, self.lo, self.hi, self.write, self.seen, self.what = op, lo, hi, write, seen, what
+    __slots__ = ("hi", "line", "lo", "op", "seen", "write")
+
+    def __init__(self, op: Op | None, lo: int, hi: int, write: bool, seen: Completion | None, line: int = 0) -> None:
+        self.op, self.lo, self.hi, self.write, self.seen, self.line = op, lo, hi, write, seen, line
 
     def hit(self, at: Array, size: int) -> Array:
         """Which accesses of `size` bytes at some positions touch it."""
@@ -272,7 +275,7 @@ class Flight:
     def _explain(self, what: str, entry: Entry, write: bool) -> str:
         op = entry.op
         if op is None:
-            return f"{what}: {entry.what}"
+            return f"{what}: those are bytes of a live mbarrier, initialised at{self.batch.engine.place(entry.line)}"
         place = self.batch.engine.place(op.line)
         state = "has not completed" if op.state != 2 else "has completed, but this thread has not waited for it"
         if not entry.write:

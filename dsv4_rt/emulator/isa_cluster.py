@@ -48,7 +48,7 @@ def _barrier(e: Emitter, ins: Instr, m: Mods) -> None:
     if not kind or order == ("acquire" if kind == "arrive" else "release") or (kind == "wait" and order == "relaxed"):
         raise m.refuse()
     if kind == "arrive":
-        e.emit(f"B.cluster_arrive({e.lanes})")
+        e.emit(f"B.cluster_barrier().arrive({e.lanes})")
 
 
 @handles("st.async")

@@ -120,7 +120,6 @@ def _wgmma(e: Emitter, ins: Instr, m: Mods) -> None:
     if e.namespace.get("target", "sm_90a") != "sm_90a":
         raise m.refuse(f"{ins.name} exists on sm_90a only, not on {e.namespace['target']}")
     m.flag("sync", "aligned")
-    e.observed.clear()
     if m.flag("fence"):
         _whole(e, ins)
         e.touched.clear()
@@ -177,8 +176,7 @@ def _wgmma_issue(e: Emitter, ins: Instr, m: Mods) -> None:
     names = tuple(reg.name for part in registers for reg in part)
     descriptors = ["None" if from_registers else e.fill(e.use(left, "b64")), e.fill(e.use(right, "b64"))]
     predicate = e.fill(e.use(scale, "pred"))
-    for reg in (*registers[0], *registers[1]):
-        e.flush(reg)
+    assert not {*registers[0], *registers[1]} & set(e.env)  # the block begins here: they are where blocks keep them
     form = f"f{len(e.namespace)}"
     negative = values[0] * values[1] < 0
     e.namespace[form] = Form(columns, depth, (a, b, d), negative, bool(mn_major[0]), bool(mn_major[1]))

@@ -284,8 +284,6 @@ def _slots(function: Function, blocks: list[Block], addresses: dict[int, int]) -
     products = [ins for block in blocks for ins in block.instrs if is_warpgroup_sync(ins)]
     tensor = {reg: False for ins in products for reg in fragments(ins)}
     tensor |= {reg: True for ins in products for reg in results(ins)}
-    for reg in tensor:
-        crossing |= 1 << reg.index
     unset = maybe_unset(blocks)
     read = {reg for block in blocks for ins in block.instrs for reg in sources(ins)}
     read |= {block.reg for block in blocks if block.reg is not None}

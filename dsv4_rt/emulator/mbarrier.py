@@ -144,8 +144,7 @@ class Mbarriers:
                 batch.engine.flight.drop(old.entry, position // batch.shared.stride)
             first = lanes[which][:1]
             batch.engine.flight.overwrite(first, position, position + 8, "mbarrier.init", line)
-            what = f"those are the bytes of a live mbarrier, initialised at{batch.engine.place(line)}"
-            entry = Entry(None, position, position + 8, True, None, what)
+            entry = Entry(None, position, position + 8, True, None, line)
             batch.engine.flight.add(entry, position // batch.shared.stride)
             tick = batch.races.clock.tick(line)
             self.live[position] = Barrier(position, int(counts[0]), line, (tick, int(first[0])), entry)
@@ -156,8 +155,9 @@ class Mbarriers:
         at = self.locate(lanes, addr, generic, "mbarrier.inval")
         for position, which in self._each(at):
             barrier = self.find(position, lanes, which, "mbarrier.inval")
-            if self.batch.waiters(position) or barrier.tx:
-                how = "threads wait for it" if self.batch.waiters(position) else barrier.describe()
+            waiting = self.batch.waits.count(position)
+            if waiting or barrier.tx:
+                how = f"{waiting} threads wait for it" if waiting else barrier.describe()
                 raise LaneFault(f"mbarrier.inval: {self.name(position)} is in use: {how}", _bad(lanes, which))
             self.batch.engine.flight.drop(barrier.entry, position // self.batch.shared.stride)
             del self.live[position]

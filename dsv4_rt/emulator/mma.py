@@ -308,10 +308,8 @@ def result_index(rows: int, columns: int, lanes: int) -> Array:
 
 
 def team(registers: Sequence[Array], ty: str, lanes: int) -> Array:
-    """Registers of lanes as elements: [teams, elements of a team], lane by lane."""
-    if not registers:
-        return np.zeros((0, 0), U32)
-    stacked = np.ascontiguousarray(np.stack(np.broadcast_arrays(*registers), axis=1))
+    """Registers, each over all lanes, as elements: [teams, elements of a team], lane by lane."""
+    stacked = np.array(registers).T.copy()
     return stacked.view(element_type(ty)).reshape(-1, lanes * len(registers) * stacked.itemsize // BYTES[ty])
 
 
@@ -333,13 +331,13 @@ def warp_mma(
     """mma.sync of the warps among n lanes: registers of a, b and c -> registers of d."""
     rows, columns, depth = shape
     warps = n // 32
-    teams = [team([np.broadcast_to(r, n) for r in regs], ty, 32) for regs, ty in zip((a, b, c), types, strict=True)]
-    at = np.moveaxis(teams[0][:, factor_index(rows, depth, BYTES[types[0]], 32)], 0, 2)
-    bt = np.moveaxis(teams[1][:, factor_index(columns, depth, BYTES[types[1]], 32)], 0, 2)
+    teams = [team(regs, ty, 32) for regs, ty in zip((a, b, c), types, strict=True)]
+    at = teams[0][:, factor_index(rows, depth, BYTES[types[0]], 32)].transpose(1, 2, 0)
+    bt = teams[1][:, factor_index(columns, depth, BYTES[types[1]], 32)].transpose(1, 2, 0)
     index = result_index(rows, columns, 32)
     flat = np.empty((warps, rows * columns), teams[2].dtype)
     flat[:, index.reshape(-1)] = teams[2]
-    ct = np.moveaxis(flat.reshape(warps, rows, columns), 0, 2)
+    ct = flat.reshape(warps, rows, columns).transpose(1, 2, 0)
     at, bt, ct = (np.ascontiguousarray(each) for each in (at, bt, ct))
     if types[2] == "s32":
         found = _dot_integers(at, bt, ct, types, saturate)
@@ -349,7 +347,7 @@ def warp_mma(
         found = _dot_fp8_by_f16(at, bt, ct, types)
     else:
         found = dot(at, bt, ct, types)
-    flat = np.moveaxis(found, 2, 0).reshape(warps, -1)
+    flat = found.transpose(2, 0, 1).reshape(warps, -1)
     return untied(flat[:, index], 32, U64 if types[2] == "f64" else U32)
 
 

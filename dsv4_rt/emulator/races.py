@@ -6,15 +6,18 @@ ordered after one that a cell remembers if
 
     both are of one thread, or the CTA has met at a full barrier since,
     they are of one warp: both threads have met others at bar.warp.sync or a warp-wide operation since,
-    they are of two warps: the vector clock of the warp (one tick for each warp of its CTA, joined by the participants
-        of a barrier and by a strong load that follows a fence and a strong store) has reached the tick,
-    they are of two CTAs (global memory only): the first CTA has fenced and then stored strongly, the second has since
-        loaded strongly.
+    they are of two warps of a cluster: the vector clock of the warp (one tick for each warp of its cluster, joined by
+        the participants of a barrier, by a wait for an mbarrier with those who arrived, and by a strong load that
+        follows a fence and a strong store) has reached the tick,
+    they are of two clusters (global memory only): the first CTA has fenced and then stored strongly, the second has
+        since loaded strongly.
 
 Strong accesses (atom, red, volatile, relaxed, acquire, release) do not race with one another. A store of the bytes
 that are there already, and a store of one instruction in which several lanes of a warp write one cell, are counted, not
 reported. Where exactness would cost much the check is lenient: it may miss a
 race, and it raises no alarm where the CUDA programming model gives an order.
+
+The file is long because clocks, records and the watched shared memory are one mechanism.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ from dsv4_rt.emulator.copies import reduce
 from dsv4_rt.emulator.descriptors import swizzle
 from dsv4_rt.emulator.memory import SHARED_FIRST, LaneFault
 from dsv4_rt.emulator.tensormap import SWIZZLES, TileMap
-from dsv4_rt.errors import EmulatorError
+from dsv4_rt.emulator.tiles import CHUNK, Tile
+from dsv4_rt.errors import EmulatorError, UnsupportedInstruction
 
 if TYPE_CHECKING:
     from dsv4_rt.emulator.batch import Batch
@@ -39,7 +40,6 @@ PATTERN = 1024  # bytes after which every swizzle repeats
 NAN_FILL = 0x7FF7  # in every 16 bits
 MAX_SPANS = 64  # more separate stretches of a tile are told to the checks as one
 _FULL = np.uint64(0x0101010101010101)  # "written" flags of 8 bytes
-CHUNK = np.complex128  # 16 bytes that NumPy moves as one; nobody computes with them
 # Reduction -> element types it takes; the rest stops an H200 with an illegal instruction.
 REDUCTIONS: dict[str, tuple[str, ...]] = {
     "add": ("u32", "s32", "u64", "f16", "bf16", "f32", "f64"),
@@ -77,7 +77,7 @@ def chunks(rows: int, row_bytes: int, width: int, start: int) -> Chunks:
 
 
 @dataclass(frozen=True)
-class Tile:
+class Box:
     """A box of a tensor at coordinates, clipped: its global bytes, and which of the box's bytes they are."""
 
     first: int  # address of the first byte inside
@@ -88,7 +88,7 @@ class Tile:
     box: tuple[int, ...]  # of all bytes of the box
 
 
-def clip(m: TileMap, coords: tuple[int, ...], out: bool = False) -> Tile:
+def clip(m: TileMap, coords: tuple[int, ...], out: bool = False) -> Box:
     """The part of a box that lies in the tensor; of a box that goes out, to whole 16 bytes.
 
     Raises:
@@ -109,7 +109,7 @@ def clip(m: TileMap, coords: tuple[int, ...], out: bool = False) -> Tile:
         lo = max(0, -(coords[axis] // step))
         hi = min(m.counts[axis], -((coords[axis] - m.shape[axis]) // step))
         if hi <= lo:
-            return Tile(m.address, 0, (), (), (), _box(m))
+            return Box(m.address, 0, (), (), (), _box(m))
         if axis == 0:
             if out:
                 per_chunk = 128 // bits
@@ -128,7 +128,7 @@ def clip(m: TileMap, coords: tuple[int, ...], out: bool = False) -> Tile:
             inside.append(slice(lo, hi))
             box.append(m.counts[axis])
             extent += (hi - lo - 1) * stride * step
-    return Tile(
+    return Box(
         first, extent, tuple(shape[::-1]), tuple(strides[::-1]), tuple(inside[::-1]), tuple(box[::-1])
     )  # fmt: skip
 
@@ -137,12 +137,22 @@ def _box(m: TileMap) -> tuple[int, ...]:
     return (*m.counts[:0:-1], m.row_bytes)
 
 
-def _view(batch: Batch, tile: Tile, write: bool) -> Array:
+def overlaps(tile: Box) -> bool:
+    """Whether a byte of the tile may have more than one place in the box."""
+    reach = 0
+    for stride, n in sorted(zip(tile.strides, tile.shape, strict=True)):
+        if n > 1 and stride <= reach:
+            return True
+        reach += stride * (n - 1)
+    return False
+
+
+def _view(batch: Batch, tile: Box, write: bool) -> Array:
     """The clipped tile in global memory, in place, as bytes."""
     return as_strided(batch.memory.span(tile.first, tile.nbytes, write), tile.shape, tile.strides)
 
 
-def gather(batch: Batch, m: TileMap, tile: Tile) -> Array:
+def gather(batch: Batch, m: TileMap, tile: Box) -> Array:
     """The bytes of a box, elements outside filled."""
     if m.oob_fill == "nan":
         found = np.full(tile.box[:-1] + (tile.box[-1] // 2,), NAN_FILL, np.uint16).view(np.uint8)
@@ -199,14 +209,15 @@ def load(
                 spans += [Span(each, start + lo, start + hi) for lo, hi in where.runs]
                 barriers += [(at, 0)] * (len(where.runs) - 1) + [(at, m.transaction_bytes)]
 
-            def read(m: TileMap = m, tile: Tile = tile) -> Array:
+            def read(m: TileMap = m, tile: Box = tile) -> Array:
                 return gather(batch, m, tile)
 
             def write(
-                data: Array, targets: list[tuple[int, int]] = targets, start: int = start, where: Chunks = where
-            ) -> None:
+                data: Array, targets: list[tuple[int, int]] = targets, start: int = start, where: Chunks = where,
+                width: int = SWIZZLES[m.swizzle],
+            ) -> None:  # fmt: skip
                 for each, _ in targets:
-                    _fill(batch, each, start, where, data)
+                    _fill(batch, each, start, where, data, width, line)
 
             engine.issue(Op(KIND, line, int(lanes[i]), [], spans, read, write, barriers=barriers))
         except LaneFault as error:
@@ -225,15 +236,18 @@ def store(
             if op and m.dtype not in REDUCTIONS[op]:
                 raise _fault(f"{REDUCE}.{op} of {m.dtype}; it takes {', '.join(REDUCTIONS[op])}")
             tile = clip(m, _signed(coords, i), True)
+            if op and overlaps(tile):
+                what = f"{REDUCE}.{op} to a tensor whose elements overlap is not implemented by the emulator"
+                raise UnsupportedInstruction(what)
             if tile.nbytes:
                 batch.memory.span(tile.first, tile.nbytes, True)
             cta, start, where = _locate(batch, lanes[one], source[one], m, f"{kind} source")
             spans = [Span(cta, start + lo, start + hi) for lo, hi in where.runs]
 
-            def read(cta: int = cta, start: int = start, where: Chunks = where, tile: Tile = tile) -> Array:
+            def read(cta: int = cta, start: int = start, where: Chunks = where, tile: Box = tile) -> Array:
                 return _take(batch, cta, start, where, tile)
 
-            def write(data: Array, m: TileMap = m, tile: Tile = tile) -> None:
+            def write(data: Array, m: TileMap = m, tile: Box = tile) -> None:
                 _put(batch, m, tile, data, op)
 
             engine.issue(Op(kind, line, int(lanes[i]), spans, [], read, write, group="bulk"))
@@ -324,19 +338,20 @@ def _places(batch: Batch, cta: int, start: int, where: Chunks) -> Array:
     return found
 
 
-def _fill(batch: Batch, cta: int, start: int, where: Chunks, data: Array) -> None:
-    shared = batch.shared
-    shared.views[3].view(CHUNK)[_places(batch, cta, start, where)] = data.reshape(-1).view(CHUNK)
+def _fill(batch: Batch, cta: int, start: int, where: Chunks, data: Array, width: int, line: int) -> None:
+    shared, at, moved = batch.shared, _places(batch, cta, start, where), data.reshape(-1).view(CHUNK)
+    shared.views[3].view(CHUNK)[at] = moved
+    batch.tiles.note(cta, Tile(start + where.runs[0][0], start + where.end, width, line, at, moved))
     begin = cta * shared.stride + start - SHARED_FIRST
     if where.whole:
         for lo, hi in where.runs:
             shared.written[3][begin + lo >> 3 : begin + hi >> 3] = _FULL
     else:
-        shared.written[3].reshape(-1, 2)[_places(batch, cta, start, where)] = _FULL
+        shared.written[3].reshape(-1, 2)[at] = _FULL
     shared.version += 1
 
 
-def _take(batch: Batch, cta: int, start: int, where: Chunks, tile: Tile) -> Array:
+def _take(batch: Batch, cta: int, start: int, where: Chunks, tile: Box) -> Array:
     """The bytes of a box from shared memory; those that go somewhere must have been written."""
     at, shared = _places(batch, cta, start, where), batch.shared
     if tile.nbytes:
@@ -349,7 +364,7 @@ def _take(batch: Batch, cta: int, start: int, where: Chunks, tile: Tile) -> Arra
     return found
 
 
-def _put(batch: Batch, m: TileMap, tile: Tile, data: Array, op: str) -> None:
+def _put(batch: Batch, m: TileMap, tile: Box, data: Array, op: str) -> None:
     if not tile.nbytes:
         return
     view, part = _view(batch, tile, True), data[tile.inside]

@@ -104,6 +104,7 @@ class Warpgroups:
         self.flying = 0  # operations not waited for by all their warps
         self.running: dict[int, list[Running]] = {}  # by first lane of the warpgroup
         self.last: dict[int, Op] = {}
+        self.places: dict[tuple[int, int, int, bool], tuple[Array, list[tuple[int, int]]]] = {}  # by descriptor
         self.entries: dict[tuple[int, int, int], Entry] = {}  # the latest that reads a range, by (first lane, range)
         warps = batch.nlanes // 32
         self.committed = np.zeros(warps, np.int64)
@@ -263,6 +264,8 @@ class Warpgroups:
         for (what, rows, ty, mn_major), word in zip(sides[len(places) :], bits, strict=False):
             place, ranges = self._place(word, what, rows, form.depth, BYTES[ty], mn_major)
             reads += [Span(cta, lo, hi) for lo, hi in ranges]
+            if batch.tiles.of:
+                batch.tiles.check(cta, ranges, decode(word).swizzle, f"wgmma: the descriptor of {what}")
             places.append(place + (cta * batch.shared.stride - SHARED_FIRST) // BYTES[ty])
         scale = bool(bits[-1])
 
@@ -338,6 +341,14 @@ class Warpgroups:
         self, word: int, what: str, rows: int, depth: int, size: int, mn_major: bool
     ) -> tuple[Array, list[tuple[int, int]]]:
         """(element addresses, byte ranges) of a matrix, which must lie in shared memory."""
+        key = (word, rows, size, mn_major)
+        if key not in self.places:
+            self.places[key] = self._find(word, what, rows, depth, size, mn_major)
+        return self.places[key]
+
+    def _find(
+        self, word: int, what: str, rows: int, depth: int, size: int, mn_major: bool
+    ) -> tuple[Array, list[tuple[int, int]]]:
         d = decode(word)
         # The pattern repeats every 1024 bytes of address.
         base = d.start & ~1023

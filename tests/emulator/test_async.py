@@ -75,3 +75,26 @@ def test_the_random_schedule_repeats_with_its_seed(rng):
 
     assert steps(5) == steps(5)
     assert len({steps(seed) for seed in range(20)}) > 1  # waits return false at different times
+
+
+LATE = """
+extern "C" __global__ void late(u32* x, u32* y) {
+    __shared__ alignas(16) u32 tile[4];
+    copy<16>(tile, x);
+    copy_commit();
+    __threadfence();
+    x[0] = 2;                    // nobody may rely on what the copy takes
+    copy_wait<0>();
+    y[0] = tile[0];
+}
+"""
+
+
+def test_when_operations_run():
+    def got(completion):
+        y = np.zeros(1, np.uint32)
+        launch(LATE, "late", 1, 1, np.ones(4, np.uint32), y, completion=completion)
+        return int(y[0])
+
+    assert got("early") == 1
+    assert got("late") == 2

@@ -216,3 +216,52 @@ def test_rules_of_copies(tmp_path, call, message):
     }}"""
     with pytest.raises(KernelFault, match=message):
         launch(source, "rules", 1, 1, np.zeros(128, np.uint32))
+
+
+FORMS = """
+cp.async.ca.shared.global.L2::64B [%r1], [%rd1], 4;
+cp.async.ca.shared::cta.global.L2::256B [%r1+8], [%rd1+8], 8, %r2;
+cp.async.cg.shared.global.L2::cache_hint.L2::128B [%r1], [%rd1], 16, %rd2;
+cp.async.cg.shared.global.L2::cache_hint [%r1], [%rd1], 16, %r2, %rd2;
+cp.async.cg.shared.global [%r1], [%rd1], 16, %p1;
+cp.async.mbarrier.arrive.b64 [%rd1];
+cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%r1];
+LOAD.L2::cache_hint [%r1], [%rd1], 16, [%r1], %rd2;
+cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%r1], [%rd1], %r2, [%r1];
+LOAD.multicast::cluster [%r1], [%rd1], 16, [%r1], %h1;
+LOAD.multicast::cluster.L2::cache_hint [%r1], [%rd1], 16, [%r1], %h1, %rd2;
+cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%r1], [%r1], 16, [%r1];
+cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%rd1], [%r1], 16, %rd2;
+cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint.cp_mask [%rd1], [%r1], 16, %rd2, %h1;
+cp.async.bulk.prefetch.L2.global.L2::cache_hint [%rd1], 16, %rd2;
+cp.reduce.async.bulk.global.shared::cta.bulk_group.L2::cache_hint.add.noftz.bf16 [%rd1], [%r1], 16, %rd2;
+cp.reduce.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes.add.u64 [%r1], [%r1], 16, [%r1];
+cp.async.bulk.wait_group.read 3;
+mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r1], 2;
+mbarrier.arrive.expect_tx.relaxed.cluster.shared::cluster.b64 _, [%r1], 16;
+mbarrier.arrive_drop.expect_tx.release.cta.shared::cta.b64 %rd3, [%r1], 16;
+mbarrier.arrive_drop.noComplete.release.cta.b64 %rd3, [%rd1], 1;
+mbarrier.complete_tx.relaxed.cluster.shared::cluster.b64 [%r1], 16;
+mbarrier.test_wait.relaxed.cluster.shared::cta.b64 %p1, [%r1], %rd2;
+mbarrier.try_wait.parity.relaxed.cluster.b64 %p1, [%rd1], 1, 1000;
+mbarrier.try_wait.acquire.cta.shared::cta.b64 %p1, [%r1], %rd2, %r2;
+@%p1 mbarrier.arrive.shared::cta.b64 %rd3, [%r1];
+@%p1 mbarrier.try_wait.parity.shared::cta.b64 %p1, [%r1], %r2;
+fence.proxy.async::generic.acquire.sync_restrict::shared::cluster.cluster;
+fence.proxy.async::generic.release.sync_restrict::shared::cta.cluster;
+@%p1 fence.proxy.async.shared::cluster;
+""".replace("LOAD", "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes").strip().split("\n")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_translated(form):
+    ptx = f""".version 8.6
+    .target sm_100a
+    .address_size 64
+    .visible .entry forms() {{
+        .reg .b16 %h<2>; .reg .b32 %r<3>; .reg .b64 %rd<4>; .reg .pred %p<2>;
+        mov.b16 %h1, 1; mov.b32 %r1, 1024; mov.b32 %r2, 0; mov.b64 %rd1, 0; mov.b64 %rd2, 0; setp.eq.u32 %p1, %r2, %r2;
+        @%p1 exit;
+        {form}
+        ret; }}"""
+    run_ptx(ptx, "forms", 1, 32)

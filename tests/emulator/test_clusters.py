@@ -4,7 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from programs import ORDERS, PRELUDE, line_of, run, write_source
+from programs import ORDERS, PRELUDE, compile_ptx, line_of, run, run_ptx, write_source
+from tensor_programs import fragments, values_of
+from test_wgmma import integers, layout
+from test_wgmma import source as wgmma_source
 
 from dsv4_rt.emulator import Machine
 from dsv4_rt.errors import Deadlock, KernelFault, LaunchError
@@ -421,3 +424,26 @@ def test_asynchronous_stores_without_a_wait_or_with_wrong_bytes(rng, completion)
         machine = Machine("sm_90a", completion=completion)
         with pytest.raises(error, match=message):
             run(source, "send", 8, 64, x, x.copy(), np.zeros(2, np.uint32), cluster=4, machine=machine)
+
+
+def test_an_unmasked_address_in_a_matrix_descriptor(rng):
+    """The rank at bit 24 spills into the leading offset: rank 0 is right, rank 1 reads elsewhere."""
+    (a, left), (b, right) = integers(rng, "bf16", 64, 64), integers(rng, "bf16", 32, 64)
+    (left, rest_a, step_a), (right, rest_b, step_b) = layout(left, 0, 0), layout(right, 0, 0)
+    text = source("f32", left, right)
+    out = np.zeros((2, 128, 16), np.uint32)
+    args = (left, right, out, np.uint64(rest_a), np.uint64(rest_b), np.int32(step_a), np.int32(step_b), np.int32(4))
+    options = {"shared": left.nbytes + right.nbytes, "cluster": 2, "arch": "sm_90a"}
+    run_ptx(compile_ptx(text, "sm_90a"), "k", 2, 128, *args, np.int32(0), **options)
+    for each in out:
+        assert np.array_equal(fragments(values_of("f32", each), 32), a @ b.T)
+    unmasked = text.replace("& 0x3FFFF) >> 4", ") >> 4")
+    assert unmasked != text
+    with pytest.raises(KernelFault, match=r"out of bounds: matrix B (.|\n)*leading offset 0x300(.|\n)*CTA \(1, 0, 0\)"):
+        run_ptx(compile_ptx(unmasked, "sm_90a"), "k", 2, 128, *args, np.int32(0), **options)
+
+
+def source(kind, left, right):
+    """The product of test_wgmma.py, each CTA into its own result."""
+    text = wgmma_source(32, kind, "bf16", "bf16", left.nbytes, right.nbytes, "0")
+    return text.replace("d[threadIdx.x *", "d[(128 * blockIdx.x + threadIdx.x) *")

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from programs import run_ptx
+from programs import PRELUDE, run_ptx
+from tensor_programs import WGMMA_HELPERS, bits_of, descriptor, fragments, wgmma_function
 from test_instructions import text_of
 
 import dsv4_rt
@@ -291,7 +292,7 @@ PLANTS = {
         #ifdef MUTANT
         const int row = -4;
         #else
-        const int row = 60;
+        const int row = 60 - 8 * cta;
         #endif
         if (t == 0) { tile_out(&y, 0, row, tile); commit(); drain<0>(); } // BUG""",
         r"the coordinates \(0, -4\) of a store: negative ones are for loads only",
@@ -463,6 +464,58 @@ def test_every_form_is_translated(form):
 def test_what_is_not_implemented_is_refused_by_name(form):
     with pytest.raises(UnsupportedInstruction, match=REFUSED[form]):
         run_ptx(text_of("@q " + form), "f", 1, 64, np.zeros(4, np.uint64))
+
+
+GEMM = PRELUDE + WGMMA_HELPERS + wgmma_function(32, "f32", "bf16", "bf16") + HEAD + """
+extern "C" __global__ void gemm(const __grid_constant__ Map a, const __grid_constant__ Map b, float* d, u64 rest) {
+    __shared__ alignas(1024) u16 left[64 * 64]; __shared__ alignas(1024) u16 right[32 * 64]; __shared__ u64 bar;
+    if (threadIdx.x == 0) {
+        init(&bar, 1); init_done(); expect(&bar, sizeof(left) + sizeof(right));
+        tile_in(left, &a, 0, 0, &bar); tile_in(right, &b, 0, 0, &bar);
+    }
+    __syncthreads();
+    wait(&bar, 0);
+    #ifdef REWRITTEN
+    for (int i = threadIdx.x; i < 64 * 64; i += 128) left[i] += 0x80;
+    for (int i = threadIdx.x; i < 32 * 64; i += 128) right[i] += 0x80;
+    fence();
+    __syncthreads();
+    #endif
+    float acc[16] = {};
+    u64 x = matrix(left, rest), y = matrix(right, rest);
+    wg_fence();
+    for (int i = 0; i < 4; ++i) wgmma(acc, x + 2 * i, y + 2 * i, i > 0);
+    wg_commit(); wg_wait<0>();
+    for (int i = 0; i < 16; ++i) d[threadIdx.x * 16 + i] = acc[i];
+}
+"""
+
+
+def gemm(device, path, rng, swizzles, width, **defines):
+    """(result, exact product, error) of a tile whose maps and descriptors name swizzles."""
+    a, b = rng.integers(-4, 5, (64, 64)), rng.integers(-4, 5, (32, 64))
+    maps = [
+        TensorMap(device.array(bits_of("bf16", x)), x.shape, dtype="bf16", swizzle=swizzle)
+        for x, swizzle in zip((a, b), swizzles, strict=True)
+    ]
+    d = device.array(np.zeros((128, 16), np.float32))
+    kernel = load(path, "gemm", device, **defines)
+    kernel.launch(1, 128, *maps, d, np.uint64(descriptor(0, 8 * width, width)))
+    return fragments(device.numpy(d), 32), a @ b.T
+
+
+@pytest.mark.parametrize("completion", COMPLETIONS)
+def test_a_descriptor_that_contradicts_the_tensor_map(tmp_path, rng, completion):
+    path = write(tmp_path, GEMM)
+    device = EmulatedDevice("sm_90a", completion=completion)
+    got, want = gemm(device, path, rng, ("128B", "128B"), 128)
+    assert np.array_equal(got, want)
+    message = r"wgmma: the descriptor of A says swizzle 64B, but the tile there came with swizzle 128B, by\n +PTX line"
+    with pytest.raises(KernelFault, match=message):
+        gemm(device, path, rng, ("128B", "128B"), 64)
+    # Data that came as it lies may have been permuted before; and what threads rewrite is theirs.
+    assert not np.array_equal(*gemm(device, path, rng, ("none", "none"), 128))
+    gemm(device, path, rng, ("128B", "128B"), 64, REWRITTEN=1)
 
 
 def test_a_tile_that_nobody_wrote_is_reported_on_request(tmp_path):

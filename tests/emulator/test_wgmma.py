@@ -19,7 +19,8 @@ from tensor_programs import (
 )
 
 from dsv4_rt.emulator import Machine
-from dsv4_rt.errors import Deadlock, KernelFault, UnsupportedInstruction
+from dsv4_rt.emulator.descriptors import swizzle
+from dsv4_rt.errors import Deadlock, EmulatorError, KernelFault, UnsupportedInstruction
 
 SWIZZLES = (0, 32, 64, 128)
 
@@ -189,6 +190,7 @@ extern "C" __global__ void __launch_bounds__(288) k(
         for (int i = 0; i < 4; ++i) wgmma(acc, da + 2 * i, db + 2 * i, j > 0 || i > 0);
         wg_commit();
         wg_wait<1>();
+        for (int i = 0; i < 16; ++i) asm volatile("" : "+f"(acc[i]) :: "memory");  // as CUTLASS pins accumulators
     }
     wg_wait<0>();
     for (int i = 0; i < 16; ++i) d[threadIdx.x * 16 + i] = acc[i];
@@ -252,6 +254,10 @@ REPORTED = {
     "accumulator written before the wait": (
         swap("wg_commit();", 'asm volatile("mul.f32 %0, %0, %0;" : "+f"(acc[3])); wg_commit();'),
         IN_FLIGHT + r"(.|\n)*\d: mul"),
+    "the later of two products": (
+        swap("wg_wait<0>();", "float more[8]; wg_fence(); wgmma(more, da, db, 0); wg_commit(); wg_wait<1>();"
+             "d[0] = acc[1]; d[1] = more[1]; wg_wait<0>(); d[2] = more[2];"),
+        IN_FLIGHT + r"(.|\n)*\d: st\.global.*\+4\]"),
     "no fence at all": (swap("wg_fence();", ""), r"without a wgmma.fence before the warpgroup's first one"),
     "fence before the accumulator is set": (
         both(swap("= 0;\n", "= d[i];\n"), swap("float acc", "wg_fence(); float acc"), swap("wg_fence();\n", "")),
@@ -357,6 +363,19 @@ def module(instruction, target="sm_90a"):
 def test_refused_by_name(instruction, message):
     with pytest.raises(UnsupportedInstruction, match=rf"wgmma\.mma_async(.|\n)*{message}(.|\n)*PTX line 6"):
         run_ptx(module(f"wgmma.mma_async.{instruction}"), "k", 1, 128)
+
+
+@pytest.mark.parametrize("width", SWIZZLES)
+def test_a_swizzle_permutes_the_chunks_of_its_pattern(width):
+    at = np.arange(0, 4096, 4)
+    for base in range(8):
+        there = swizzle(at, width, base)
+        assert np.array_equal(np.sort(there), at)
+        assert np.array_equal(swizzle(there, width, base), at)
+        assert np.array_equal(there >> 7, at >> 7)
+    assert np.array_equal(swizzle(at + 128 * 3, width, 3), swizzle(at, width) + 128 * 3)
+    with pytest.raises(EmulatorError, match="a width of 96 B; there are 0, 32, 64, 128"):
+        swizzle(at, 96)
 
 
 def test_only_hopper_has_it():
