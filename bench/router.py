@@ -9,12 +9,14 @@ rows differ where nothing may.
 from pathlib import Path
 
 import cupy
+import gates
 import numpy as np
 from harness import Bench, arguments, read_out, write_out, write_readme
 
 import dsv4_rt
 from dsv4_rt.formats import BF16
 from dsv4_rt.router import reference
+from dsv4_rt.router.hash_gate import HASH_GATE_LIMIT
 
 K = 6
 CACHE_SPREAD = 150 * 2**20  # bytes of inputs a cold graph walks over: well past the L2
@@ -208,6 +210,8 @@ def hash_router(bench, N):
 
 
 def show(rows):
+    gated = [row for row in rows if "way" in row]
+    rows = [row for row in rows if "way" not in row]
     print(f"{'':26}{'N':>7}{'us':>8}{'p10 .. p90':>16}{'MB':>8}{'GB/s':>7}{'of roof':>9}", end="")
     print(f"{'vs torch':>10}{'vs Triton':>11}{'host us':>9}{'error':>10}")
     previous = None
@@ -222,10 +226,13 @@ def show(rows):
             f"{row['GBps']:7.0f}{share:>9}{ratio['torch_us']:>10}{ratio['triton_us']:>11}"
             f"{row['host_us']:9.2f}{error:>10}"
         )
+    gates.show(gated)
 
 
 def readme_table(facts, rows):
     f = facts
+    gated = [row for row in rows if "way" in row]
+    rows = [row for row in rows if "way" not in row]
     early = {(row["case"], row["N"]): row["us"] for row in rows}
     lines = [
         "| kernel | tokens | us | us, PDL | byte floor, us | of read roof | against torch ops | against plain Triton |",
@@ -239,13 +246,16 @@ def readme_table(facts, rows):
                 f"| `{row['case']}` | {row['N']} | {row['us']:.2f} | {f'{pdl:.2f}' if pdl else ''} "
                 f"| {row['floor_us']:.2f} | {100 * row['of_roof']:.0f} % | {torch_us} | {triton_us} |"
             )
+    lines += ["", *gates.readme_table(gated)]
     lines += [
         "",
         f"{f['gpu']} (`{f['arch']}`), driver {f['driver']}, {f['compiler']}, commit {f['commit']}, {f['date']}, clocks "
         "not locked. Device time by CUDA-graph replay, cold (L2 evicted, inputs not left in it), medians; an empty "
         f"node takes {f['empty_node_us']:.2f} us, the read roof is {f['read_roof_TBps']:.2f} TB/s in the same run and "
         f"gives the byte floor. k = {K}. PDL: with programmatic dependent launch (`pdl=True`); comparisons are "
-        "without. Written by `python bench/router.py --readme`.",
+        "without. The second table starts at the hidden states: flash has 4096 channels and 256 experts, pro 7168 and "
+        "384; the second kernel is activation_topk or hash_gate_from_logits, and Router leaves hash_gate for that pair "
+        f"above {HASH_GATE_LIMIT} tokens. Written by `python bench/router.py --readme`.",
     ]
     return "\n".join(lines)
 
@@ -278,6 +288,7 @@ def measure(bench):
     rows += [topk_select(bench, 256, N, BF16) for N in (1, 512, 16384)]
     rows += [topk_select(bench, 4096, N, np.float32) for N in (1, 512)]
     rows += [hash_router(bench, N) for N in (1, 512, 16384)]
+    rows += gates.measure(bench, timing, torch_calls)
     return [{"bench": "router", **row} for row in rows]
 
 

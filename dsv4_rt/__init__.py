@@ -18,7 +18,11 @@ from dsv4_rt.errors import (
     UnsupportedInstruction,
 )
 from dsv4_rt.models import FLASH, PRO
+from dsv4_rt.router.dense import dense_router_decode, dense_router_prefill
+from dsv4_rt.router.hash_gate import hash_gate, hash_gate_from_logits
+from dsv4_rt.router.layer import Router
 from dsv4_rt.router.ops import activation_topk, hash_router, topk_select
+from dsv4_rt.router.product import GateProduct
 
 __version__ = "0.1.0"
 
@@ -32,11 +36,17 @@ __all__ = [
     "DeviceError",
     "Dsv4Error",
     "EmulatorError",
+    "GateProduct",
     "KernelFault",
     "LaunchError",
+    "Router",
     "UnsupportedInstruction",
     "activation_topk",
+    "dense_router_decode",
+    "dense_router_prefill",
     "device",
+    "hash_gate",
+    "hash_gate_from_logits",
     "hash_router",
     "open_device",
     "topk_select",

@@ -70,6 +70,9 @@ class Framework(Protocol):
     def wrap(self, result: Any) -> Any:
         """A result of `empty` as the caller's kind of array."""
 
+    def adopt(self, owned: Any) -> Any:
+        """An array of a device's own kind (CuPy, NumPy) as the caller's kind, the same memory."""
+
     def stream(self, index: int) -> int:
         """The library's current stream on a device."""
 
@@ -97,6 +100,9 @@ class _Own:
 
     def wrap(self, result: Any) -> Any:
         return result
+
+    def adopt(self, owned: Any) -> Any:
+        return owned
 
 
 class _NumPy(_Own):
@@ -177,6 +183,11 @@ class _Torch(_Own):
         where = self._torch.device("cuda", device.index) if device.kind == "cuda" else self._torch.device("cpu")
         return self._torch.empty(shape, dtype=self._results[dtype], device=where)
 
+    def adopt(self, owned: Any) -> Any:
+        # A capsule, because from_dlpack(owned) would have the producer wait for a stream; -1 asks it not to.
+        capsule = owned.__dlpack__() if isinstance(owned, np.ndarray) else owned.__dlpack__(stream=-1)
+        return self._torch.utils.dlpack.from_dlpack(capsule)
+
     def stream(self, index: int) -> int:
         if self._raw_stream is not None:
             return self._raw_stream(index)
@@ -198,6 +209,9 @@ class _Foreign:
         if self._root == "numba" and not isinstance(result, np.ndarray):
             return sys.modules["numba.cuda"].as_cuda_array(result)
         return result
+
+    def adopt(self, owned: Any) -> Any:
+        return self.wrap(owned)
 
     def facts(self, x: Any) -> tuple[int, Hashable]:
         v = self.view(x)

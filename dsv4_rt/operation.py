@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,13 +19,13 @@ from dsv4_rt.arrays import FACTS, Framework, View, device_holding, framework, st
 from dsv4_rt.checks import overlap
 from dsv4_rt.device import Device, device
 from dsv4_rt.errors import ArgumentError
-from dsv4_rt.launch import Prepared
 
 # Plans kept per operation; an engine that varies N from 1 to max_num_tokens stays below it. Past it, start again.
 MAX_PLANS = 8192
 
 
-FAMILIES = ("router", "memory")  # packages of dsv4_rt whose `ops` module has launchers and a table INSTANCES
+# Modules of dsv4_rt that have launchers and a table INSTANCES.
+OPS = ("router.ops", "router.dense", "router.hash_gate", "memory.ops")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Instance:
 
 def instances() -> tuple[Instance, ...]:
     """Every instance of every family's tuning tables."""
-    return tuple(i for family in FAMILIES for i in importlib.import_module(f"dsv4_rt.{family}.ops").INSTANCES)
+    return tuple(i for module in OPS for i in importlib.import_module(f"dsv4_rt.{module}").INSTANCES)
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,12 @@ class Call:
     settings: tuple[Any, ...]
 
 
+class Launch(Protocol):
+    """What a plan leaves to do: `dsv4_rt.launch.Prepared`, or several of its kind behind one another."""
+
+    def launch(self, pointers: Sequence[int], stream: int = 0, views: Sequence[View] = ()) -> None: ...
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a plan function answers: shapes and dtypes of the results, and the launch, None if there is nothing to do.
@@ -60,7 +66,7 @@ class Plan:
     """
 
     results: tuple[tuple[tuple[int, ...], np.dtype[Any]], ...]
-    ready: Prepared | None
+    ready: Launch | None
 
 
 @dataclass(slots=True)

@@ -149,6 +149,36 @@ HASH_ROUTER_THREADS = 128
 _C_INT = {I32: "int", I64: "long long"}
 
 
+def prepare_hash_router(
+    device: Device,
+    N: int,
+    V: int,
+    k: int,
+    dtypes: tuple[Any, Any],
+    arguments: tuple[Any, ...] = (POINTER,) * 4,
+    *,
+    strides: tuple[int, int] | None = None,
+    pdl: bool = False,
+) -> Prepared:
+    """The launch behind `hash_router`, unchecked.
+
+    Args:
+        dtypes: of token_ids and table.
+        arguments: token_ids, table, weights, ids, each an address as np.uint64 or POINTER.
+        strides: elements between rows of weights and ids; contiguous if None.
+    """
+    rows = HASH_ROUTER_THREADS // k
+    return load(HASH_ROUTER, f"hash_router<{_C_INT[dtypes[0]]}, {_C_INT[dtypes[1]]}>", device).prepare(
+        _ceil(N, rows),
+        (k, rows),
+        *arguments,
+        np.int32(N),
+        np.int64(V),
+        *(np.int64(s) for s in strides or (k, k)),
+        pdl=pdl,
+    )
+
+
 def _plan_hash_router(call: Call) -> Plan:
     token_ids, table = call.inputs
     assert token_ids is not None
@@ -165,18 +195,9 @@ def _plan_hash_router(call: Call) -> Plan:
     check_range("hash_router", "k", k, 1, MAX_K)
     ready = None
     if N:
-        name = f"hash_router<{_C_INT[token_ids.dtype]}, {_C_INT[table.dtype]}>"
-        rows = HASH_ROUTER_THREADS // k
-        ready = load(HASH_ROUTER, name, call.device).prepare(
-            _ceil(N, rows),
-            (k, rows),
-            *(POINTER,) * 4,
-            np.int32(N),
-            np.int64(V),
-            _rows(call.outputs, 0, k),
-            _rows(call.outputs, 1, k),
-            pdl=bool(pdl),
-        )
+        strides = (int(_rows(call.outputs, 0, k)), int(_rows(call.outputs, 1, k)))
+        dtypes = (token_ids.dtype, table.dtype)
+        ready = prepare_hash_router(call.device, N, V, k, dtypes, strides=strides, pdl=bool(pdl))
     return Plan((((N, k), F32), ((N, k), I32)), ready)
 
 

@@ -296,3 +296,118 @@ def _others(values: F64Array) -> F64Array:
     """[N, k]: the sum of a row without each element, not as a difference: that would lose the small ones."""
     k = values.shape[1]
     return np.asarray(np.where(np.eye(k, dtype=bool), 0, values[:, None, :]).sum(axis=2))
+
+
+# ------------------------------------------------------------------------------------------- routers with a product
+
+# The tensor core adds 16 products and the accumulator at once. Each addend is truncated below 2^-25 of the largest,
+# the sum to 24 bits: 17 * 2^-25 + 2^-23 of the sum of the magnitudes, in UNITs. (arXiv 2511.10909; F = 25 is what an
+# H200 shows in tests/conformance/results/tensor_summary.txt.)
+MMA_UNITS: Final = 17 / 2 + 2
+
+
+class GateLogits(NamedTuple):
+    """The gate's product in float64."""
+
+    logits: F64Array  # [N, E]
+    magnitude: F64Array  # [N, E]  sum over channels of |hidden * w_gate|: what rounding errors are relative to
+
+
+def gate_logits(hidden: NDArray[Any], w_gate: NDArray[Any]) -> GateLogits:
+    """logits = hidden @ w_gate.T in float64: products of bfloat16 and float32 are exact, sums to 2^-52.
+
+    Args:
+        hidden: [N, K] bfloat16; w_gate: [E, K] bfloat16 or float32.
+    """
+    x, w = hidden.astype(np.float64), w_gate.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        return GateLogits(x @ w.T, np.abs(x) @ np.abs(w).T)
+
+
+def act_rtol(gate: GateLogits, units: float) -> float:
+    """Relative error of a float32 act whose logit has an error of `units` UNITs of its magnitude.
+
+    d act / act = sigmoid(x) / (2 softplus(x)) dx <= dx / 2, since sigmoid <= softplus; twice that for second order.
+    """
+    finite = gate.magnitude[np.isfinite(gate.magnitude)]
+    return ACT_RTOL + units * UNIT * float(finite.max(initial=0.0))
+
+
+def check_dense_router(
+    weights: F32Array,
+    ids: Ids,
+    hidden: NDArray[Any],
+    w_gate: NDArray[Any],
+    e_bias: F32Array,
+    k: int,
+    scale: float,
+    units: float,
+) -> Agreement:
+    """Compare a dense router, product included, with the oracle: `check_activation_topk` on the float64 logits.
+
+    Args:
+        units: bound of the kernel's logits' error, in UNITs of `GateLogits.magnitude`.
+
+    Raises:
+        AssertionError: the first row and place that differ, with both sides and the bound.
+    """
+    gate = gate_logits(hidden, w_gate)
+    rtol = act_rtol(gate, units)
+    return check_activation_topk(weights, ids, gate.logits, e_bias, k, scale, act_rtol=rtol)  # type: ignore[arg-type]
+
+
+def hash_gate(
+    hidden: NDArray[Any],
+    w_gate: NDArray[Any],
+    token_ids: NDArray[np.integer[Any]],
+    table: NDArray[np.integer[Any]],
+    scale: float,
+) -> tuple[F64Array, Ids]:
+    """Experts from a table of token ids, weighed by the gate.
+
+        ids = table[token_ids], -1 outside    act = sqrt(softplus(logits at ids)), 0 where there is none
+        weights = act / sum(act) * scale      0 if the sum is 0
+
+    Returns:
+        weights: [N, k] float64, not rounded. ids: [N, k] int32.
+    """
+    E = w_gate.shape[0]
+    ids = hash_router(token_ids, table.astype(np.int64).clip(-1, E))[1]
+    ids = np.where((ids >= 0) & (ids < E), ids, -1).astype(np.int32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        x = np.einsum("nc,njc->nj", hidden.astype(np.float64), w_gate.astype(np.float64)[np.maximum(ids, 0)])
+        act = np.sqrt(np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x))))
+        act[np.isnan(x)] = np.nan
+        act[ids < 0] = 0
+        total = act.sum(axis=1, keepdims=True)
+        return act / np.where(total == 0, 1, total) * scale, ids
+
+
+def check_hash_gate(
+    weights: F32Array, ids: Ids, want: tuple[F64Array, Ids], magnitude: F64Array, units: float
+) -> float:
+    """Compare a hash router with gate weights with `hash_gate`: ids exactly, weights within the bound.
+
+    Args:
+        magnitude: `gate_logits(...).magnitude`; units: as for `check_dense_router`.
+
+    Returns:
+        The largest relative error of a weight.
+
+    Raises:
+        AssertionError: the first row and place that differ.
+    """
+    want_weights, want_ids = want
+    rtol = weight_bound(ids.shape[1], act_rtol(GateLogits(magnitude, magnitude), units))
+    with np.errstate(invalid="ignore"):
+        near = np.abs(weights - want_weights) <= rtol * np.abs(want_weights) + 4 * MIN_NORMAL
+    wrong = (ids != want_ids) | ~np.where(np.isnan(want_weights), np.isnan(weights), near)
+    if wrong.any():
+        n, j = (int(i) for i in np.argwhere(wrong)[0])
+        raise AssertionError(
+            f"row {n}, place {j}: id {ids[n, j]} with weight {weights[n, j]:.9g}; id {want_ids[n, j]} with weight "
+            f"{want_weights[n, j]:.9g}, {rtol:.3g} relative, is wanted"
+        )
+    some = want_weights[np.isfinite(want_weights) & (want_weights != 0)]
+    got = weights[np.isfinite(want_weights) & (want_weights != 0)]
+    return float(np.max(np.abs(got - some) / np.abs(some), initial=0.0))

@@ -31,18 +31,22 @@ __device__ __forceinline__ void load(const float* p, float* v) {
     }
 }
 
+// 16 bytes of bf16 -> 8 floats. Exact.
+__device__ __forceinline__ void unpack_bf16x8(const uint4& raw, float* v) {
+    const u32 word[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        v[2 * i + 0] = __uint_as_float(word[i] << 16);
+        v[2 * i + 1] = __uint_as_float(word[i] & 0xffff0000u);
+    }
+}
+
 template <int VEC>
 __device__ __forceinline__ void load(const bf16* p, float* v) {
     static_assert(VEC == 1 || VEC == 8, "one bf16 or 16 bytes");
     if constexpr (VEC == 1) {
         v[0] = to_float(*p);
     } else {
-        const uint4 raw = *reinterpret_cast<const uint4*>(p);
-        const u32 word[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            v[2 * i + 0] = __uint_as_float(word[i] << 16);
-            v[2 * i + 1] = __uint_as_float(word[i] & 0xffff0000u);
-        }
+        unpack_bf16x8(*reinterpret_cast<const uint4*>(p), v);
     }
 }

@@ -11,6 +11,13 @@ __device__ __forceinline__ int warp_index() { return __shfl_sync(ALL_LANES, int(
 
 __device__ __forceinline__ u32 lanes_max(u32 v) { return __reduce_max_sync(ALL_LANES, v); }
 
+// The sum over all lanes, in every lane; a butterfly, so the same bits everywhere and every time.
+__device__ __forceinline__ float lanes_sum(float v) {
+#pragma unroll
+    for (int step = LANES / 2; step > 0; step /= 2) v += __shfl_xor_sync(ALL_LANES, v, step);
+    return v;
+}
+
 // Which lanes say yes, as a mask.
 __device__ __forceinline__ u32 lanes_where(bool yes) { return __ballot_sync(ALL_LANES, yes); }
 

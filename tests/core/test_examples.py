@@ -7,25 +7,28 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_dlpack_roundtrip():
+def run(name):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "dlpack_roundtrip.py")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+        [sys.executable, str(ROOT / "examples" / name)], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "DLPack  in ->" in done.stdout
+    return done.stdout
+
+
+def test_dlpack_roundtrip():
+    assert "DLPack  in ->" in run("dlpack_roundtrip.py")
+
+
+def test_route_tokens():
+    printed = run("route_tokens.py")
+    assert "layer 0, hash routing" in printed
+    assert "layer 5, dense routing" in printed
+    assert printed.count("experts") == 8
+
+
+def test_route_in_torch(torch):
+    assert "compiled" in run("route_in_torch.py")
 
 
 def test_chat_memory():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "chat_memory.py")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "1024 of 1490 tokens found, 466 computed" in done.stdout
+    assert "1024 of 1490 tokens found, 466 computed" in run("chat_memory.py")
