@@ -19,7 +19,7 @@ def replay(pool, requests, tick, *, batch, infinite=False, label=""):
     pages = pool.stats().full.total
     result = Engine(pool, requests, batch=batch).run(tick)
     stats = pool.stats()
-    pool.reset_prefix_cache()
+    pool.reset()
     pool.check()
     after = pool.stats()
     back = all(

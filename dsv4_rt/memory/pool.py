@@ -12,7 +12,8 @@
 
 Rules. Everything a call refuses it refuses before it changes anything. The stream's order is the truth: what was
 uploaded and launched counts as computed when the sequence is next extended, forked, preempted or freed. One writer at
-a time: any thread may call, but a call that begins while another runs raises PoolMisuse, which costs one try-lock; an
+a time: any thread may call, but a call that begins while another runs raises PoolMisuse, which costs one try-lock (calls
+that only look, like length, row, need and stats, do without: beside a writer they may see a step half done); an
 engine with several threads brings its own lock around what belongs together. Host arrays are plain NumPy.
 
 The class is the public face and most of this file is its documentation; that is why it is long. The work is done in
@@ -116,6 +117,8 @@ class KVPool(Views):
             ArgumentError: a size out of range, rings in the layout that do not fit max_draft, too small a budget.
         """
         what = "KVPool"
+        if budget is not None and pages is not None:
+            raise ArgumentError(f"{what}: budget = {budget} and pages = {pages} both say how large it is; give one")
         self.layout = layout
         self.device = device or current_device()
         self.max_sequences = check_range(what, "max_sequences", max_sequences, 1, 1 << 20)
@@ -633,8 +636,8 @@ class KVPool(Views):
         return min(end, regular) if end > length else regular
 
     @_exclusive
-    def reset_prefix_cache(self) -> int:
-        """Forget all that could be found again (the weights have changed). Sequences go on; what they have computed
+    def reset(self) -> int:
+        """Empty the prefix cache (the weights have changed). Sequences go on; what they have computed
         so far never enters the cache. Returns how many pages were registered."""
         s = self._seqs
         s.registered[s.id_of != 0] = NEVER

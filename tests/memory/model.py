@@ -505,7 +505,7 @@ class Model:
         self.counts["checkpoint_evictions"] += entry.checkpoint is not None
         self.unregister(entry)
 
-    def reset_prefix_cache(self):
+    def reset(self):
         for entry in list(self.found.values()):
             self.unregister(entry)
         for s in self.live.values():

@@ -220,6 +220,7 @@ def test_sizes_that_make_no_pool(emulator):
     wrong = [
         ({"budget": 1 << 20}, "budget = 1,048,576 B; state, window and checkpoints"),
         ({}, "neither budget nor pages"),
+        ({"budget": 1 << 30, "pages": 8}, "both say how large it is"),
         ({"budget": "a lot"}, "is no number"),
         ({"budget": 1.5}, "no share of free memory"),
         ({"pages": 0}, "pages = 0"),

@@ -298,7 +298,7 @@ def test_reset(emulator, rng):
     finished(pool, prompt)
     seq = pool.create(prompt[:1000])
     assert pool.length(seq) == 512
-    assert pool.reset_prefix_cache() == 5
+    assert pool.reset() == 5
     pool.check()
     stats = pool.stats()
     assert (stats.full.cached, stats.checkpoint.cached, stats.window.cached) == (0, 0, 0)

@@ -309,7 +309,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def reset(self, i, j, k):
         if i % 4 == 0:
-            self.both("reset", self.model.reset_prefix_cache, lambda: self.pool.reset_prefix_cache() and None)
+            self.both("reset", self.model.reset, lambda: self.pool.reset() and None)
 
     def restore(self, i, j, k):
         """The life goes on in a pool made from a snapshot, whose own snapshot is the same bytes."""
@@ -374,7 +374,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.upload()
         for epoch in self.epochs:
             self.pool.end_step(epoch)
-        self.pool.reset_prefix_cache()
+        self.pool.reset()
         self.pool.check()
         stats = self.pool.stats()
         assert all(getattr(stats, life).free == getattr(stats, life).total for life in self.model.lives)

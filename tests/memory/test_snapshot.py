@@ -44,7 +44,7 @@ def go_on(pool, seqs, prompts, seed):
         pool.upload()
         pool.free(said[-2])
     said.append(pool.resume(c))
-    said.append(pool.reset_prefix_cache())
+    said.append(pool.reset())
     pool.free(d)
     said.append(pool.fork(b))
     pool.upload()

@@ -22,7 +22,7 @@ MUTATORS = [
     lambda pool, seq: pool.end_step(1),
     lambda pool, seq: pool.upload(),
     lambda pool, seq: pool.can_admit(5),
-    lambda pool, seq: pool.reset_prefix_cache(),
+    lambda pool, seq: pool.reset(),
     lambda pool, seq: pool.snapshot(),
     lambda pool, seq: pool.check(),
 ]

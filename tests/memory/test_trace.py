@@ -88,7 +88,7 @@ def test_a_replay_ends_with_every_page_back(emulator, rng, pages):
         assert stats.evictions > 0
     outputs = sum(request.output_length for request in trace)
     assert result.sampled_tokens == outputs
-    pool.reset_prefix_cache()
+    pool.reset()
     pool.check()
     after = pool.stats()
     for life in ("full", "window", "state", "checkpoint"):
