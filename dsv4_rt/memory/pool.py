@@ -12,8 +12,8 @@
 
 Rules. Everything a call refuses it refuses before it changes anything. The stream's order is the truth: what was
 uploaded and launched counts as computed when the sequence is next extended, forked, preempted or freed. One writer at
-a time: any thread may call, but a call that begins while another runs raises PoolMisuse, which costs one try-lock (calls
-that only look, like length, row, need and stats, do without: beside a writer they may see a step half done); an
+a time: any thread may call, but a call that begins while another runs raises PoolMisuse, which costs one try-lock.
+Calls that only look, like length, row, need and stats, do without: beside a writer they may see a step half done. An
 engine with several threads brings its own lock around what belongs together. Host arrays are plain NumPy.
 
 The class is the public face and most of this file is its documentation; that is why it is long. The work is done in
