@@ -25,7 +25,7 @@ from dsv4_rt.launch import Prepared
 MAX_PLANS = 8192
 
 
-FAMILIES = ("router", "memory")  # packages of dsv4_rt whose `ops` module has launchers and a table INSTANCES
+FAMILIES = ("router", "memory", "kv")  # packages of dsv4_rt whose `ops` module has launchers and a table INSTANCES
 
 
 @dataclass(frozen=True)
