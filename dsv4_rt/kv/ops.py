@@ -216,20 +216,26 @@ GATHER_KV = "kv/gather_kv.cu"
 
 @dataclass(frozen=True)
 class Tile:
-    """How a kernel splits its work: neighbours that a warp takes at once, warps a block."""
+    """How a gather splits its work: neighbours that a warp takes at once, warps a block, table words a block stages."""
 
     each: int
     warps: int
+    stage: int = 0
 
 
-def gather_kv_tile(records: int) -> Tile:
-    """The tile for T * k records."""
-    return Tile(1, 4) if records <= 16384 else Tile(4, 4)
+STAGE = 1024  # words of shared memory
+
+
+def gather_kv_tile(records: int, max_blocks: int = 0) -> Tile:
+    """The tile for T * k records; max_blocks of the table, 0 where there is none."""
+    if records <= 4096:
+        return Tile(1, 8, STAGE if 0 < max_blocks <= STAGE else 0)
+    return Tile(2, 2) if records <= 2**18 else Tile(2, 16)
 
 
 def gather_kv_instance(tile: Tile, record: str, entries: int) -> str:
     """The instantiation for a record and page."""
-    return f"gather_kv<{RECORDS[record][0]}, {entries}, {tile.each}, {tile.warps}>"
+    return f"gather_kv<{RECORDS[record][0]}, {entries}, {tile.each}, {tile.warps}, {tile.stage}>"
 
 
 def gather_kv_slots_instance(tile: Tile, record: str, entries: int, slot: np.dtype[Any]) -> str:
@@ -267,16 +273,15 @@ def _plan_gather_kv(call: Call) -> Plan:
         raise ArgumentError(f"gather_kv: {T} tokens and a block_table of {B} rows; give row, or a row for every token")
     ready = None
     if T * k:
-        tile = gather_kv_tile(T * k)
-        warps = T * _ceil(k, tile.each)
-        check_range("gather_kv", "T * k", warps, 1, 2**31 - 1)
+        tile = gather_kv_tile(T * k, max_blocks)
+        blocks = check_range("gather_kv", "blocks of the grid", T * _ceil(k, tile.each * tile.warps), 1, 2**31 - 1)
         ready = load(GATHER_KV, gather_kv_instance(tile, record, entries), call.device).prepare(
-            _ceil(warps, tile.warps),
+            blocks,
             32 * tile.warps,
             *(POINTER,) * 2,
             np.uint64(0) if row is None else POINTER,
             *(POINTER,) * 2,
-            *(np.int32(n) for n in (T, k, B, max_blocks, P)),
+            *(np.int32(n) for n in (k, B, max_blocks, P)),
             *(np.int64(v.strides[0]) for v in (topk, table, pages)),
             *_out_strides(out, k),
             pdl=bool(pdl),
@@ -284,7 +289,9 @@ def _plan_gather_kv(call: Call) -> Plan:
     return Plan((((T, k, DIMS), BF16),), ready)
 
 
-_GATHER_KV = Operation("gather_kv", ("topk_indices", "block_table", "row", "pages"), ("out",), _plan_gather_kv, ("row",))
+_GATHER_KV = Operation(
+    "gather_kv", ("topk_indices", "block_table", "row", "pages"), ("out",), _plan_gather_kv, optional=("row",)
+)
 
 
 def _plan_gather_kv_slots(call: Call) -> Plan:
@@ -307,14 +314,15 @@ def _plan_gather_kv_slots(call: Call) -> Plan:
     ready = None
     if T * k:
         tile = gather_kv_tile(T * k)
-        warps = T * _ceil(k, tile.each)
-        check_range("gather_kv_slots", "T * k", warps, 1, 2**31 - 1)
+        blocks = check_range(
+            "gather_kv_slots", "blocks of the grid", T * _ceil(k, tile.each * tile.warps), 1, 2**31 - 1
+        )
         name = gather_kv_slots_instance(tile, record, entries, slots.dtype)
         ready = load(GATHER_KV, name, call.device).prepare(
-            _ceil(warps, tile.warps),
+            blocks,
             32 * tile.warps,
             *(POINTER,) * 3,
-            *(np.int32(n) for n in (T, k, P)),
+            *(np.int32(n) for n in (k, P)),
             *(np.int64(v.strides[0]) for v in (slots, pages)),
             *_out_strides(out, k),
             pdl=bool(pdl),
@@ -418,18 +426,19 @@ _COMPUTE_VALID_LENS = Operation(
 
 
 # The pages of the released models' caches, with register budgets.
+_PAGES = tuple((record, entries) for record in RECORDS for entries in (ENTRIES, HCA_ENTRIES))
 INSTANCES = (
     *(
-        Instance(GATHER_KV, name, budget)
-        for record in RECORDS
-        for entries in (ENTRIES, HCA_ENTRIES)
-        for tile, budget in ((Tile(1, 4), 48), (Tile(4, 4), 80))
-        for name in (
-            gather_kv_instance(tile, record, entries),
-            gather_kv_slots_instance(tile, record, entries, I64),
-            gather_kv_slots_instance(tile, record, entries, I32),
-        )
+        Instance(GATHER_KV, gather_kv_instance(gather_kv_tile(records, blocks), record, entries), 40)
+        for record, entries in _PAGES
+        for records, blocks in ((1, 1), (1, STAGE + 1), (2**18, 1), (2**20, 1))
     ),
-    *(Instance(APPEND_KV, append_kv_instance(r, n), 48) for r in RECORDS for n in (ENTRIES, HCA_ENTRIES)),
+    *(
+        Instance(GATHER_KV, gather_kv_slots_instance(gather_kv_tile(records), record, entries, slot), 40)
+        for record, entries in _PAGES
+        for records in (1, 2**18, 2**20)
+        for slot in (I32, I64)
+    ),
+    *(Instance(APPEND_KV, append_kv_instance(record, entries), 40) for record, entries in _PAGES),
     *(Instance(COMPUTE_VALID_LENS, f"compute_valid_lens<{kind}>", 32) for kind in ("int", "long long")),
 )

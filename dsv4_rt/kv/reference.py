@@ -1,4 +1,4 @@
-"""The oracles of the kv family: NumPy, codecs of dsv4_rt/formats.py, pages taken apart by the layouts of memory/layout.py.
+"""The oracles of the kv family: NumPy, codecs of dsv4_rt/formats.py, pages taken apart by memory/layout.py.
 
 Letters: T tokens, k chosen, B sequences, P pages, N entries a page.
 """

@@ -28,6 +28,3 @@ __device__ __forceinline__ void wait_for_dependency() { asm volatile("griddepcon
 
 // Programmatic dependent launch: the next grid may start; its own wait still waits for all of this one.
 __device__ __forceinline__ void let_dependents_start() { asm volatile("griddepcontrol.launch_dependents;"); }
-
-// Bring the 128 B line of an address to the L2, wait for nothing. The address must be one that may be read.
-__device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p)); }

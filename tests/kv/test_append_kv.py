@@ -59,7 +59,7 @@ def test_every_bf16(device, record):
 
 @pytest.mark.parametrize("record", RECORDS)
 def test_round_trip_is_within_half_a_step(device, rng, record):
-    """e4m3 keeps 4 bits: half a step is 2^-4 of a normal value, 2^-10 of the scale below; the product rounds again, 2^-9.
+    """e4m3 keeps 4 bits: half a step is 2^-4 of a normal value, 2^-10 of the scale below; the product rounds again.
 
     A scale is at most amax / 224 (v4: it is rounded up to a power of two), so its subnormal half step is
     2^-10 * amax / 224.

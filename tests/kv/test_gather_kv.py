@@ -6,7 +6,7 @@ from caches import BF16, activations, filled, page_bytes, poisoned, same_bits
 
 from dsv4_rt import ArgumentError
 from dsv4_rt.kv import reference
-from dsv4_rt.kv.ops import RECORDS, gather_kv, gather_kv_slots, gather_kv_tile
+from dsv4_rt.kv.ops import RECORDS, STAGE, gather_kv, gather_kv_slots, gather_kv_tile
 
 
 def lists(rng, T, k, B, blocks, P, entries):
@@ -56,7 +56,7 @@ def test_slots(device, rng, record, dtype):
 
 @pytest.mark.parametrize("record", RECORDS)
 def test_many_records_take_the_other_tile(device, rng, record):
-    T, k, P = 3, 5463, 6  # just past the change, no multiple of 4
+    T, k, P = 3, 1367, 6  # just past the change, no multiple of 4
     assert gather_kv_tile(T * k).each > gather_kv_tile(1).each
     pages = filled(rng, P, record, 64)
     index, table = lists(rng, T, k, T, 4, P, 64)
@@ -102,6 +102,27 @@ def test_poison_beyond_the_valid_length_does_not_matter(device, rng, record):
     outside[0, 2] = (P - 1) * entries
     got = gather_kv(*[device.array(x) for x in (outside, table, pages)], record=record)
     assert not device.numpy(got).view(np.uint16).any()
+
+
+@pytest.mark.parametrize("blocks", [STAGE, STAGE + 1])  # the last table that is staged, the first that is not
+def test_wide_tables(device, rng, blocks):
+    pages = filled(rng, 5, "split", 2)
+    index, table = lists(rng, 2, 50, 3, blocks, 5, 2)
+    row = np.array([2, 7], np.int32)
+    given = [device.array(x) for x in (index, table, pages)]
+    got = gather_kv(*given, record="split", entries=2, row=device.array(row))
+    same_bits(device.numpy(got), reference.gather_kv(index, table, pages, "split", 2, row))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("record", RECORDS)
+def test_the_tile_of_a_prefill(device, rng, record):
+    T, k = 513, 513
+    assert gather_kv_tile(T * k) not in (gather_kv_tile(1), gather_kv_tile(2**18))
+    pages = filled(rng, 6, record, 64)
+    index, table = lists(rng, T, k, T, 4, 6, 64)
+    got = gather_kv(*[device.array(x) for x in (index, table, pages)], record=record)
+    same_bits(device.numpy(got), reference.gather_kv(index, table, pages, record))
 
 
 def test_nothing_and_nowhere(device, rng):
@@ -200,6 +221,6 @@ def test_says_what_is_wrong(emulator):
         gather_kv_slots(index, pages, out=np.empty((2, 4, 516), BF16)[..., :512])
     with pytest.raises(ArgumentError, match=r"slots does not fit(.|\n)*dtype must be int32 or int64"):
         gather_kv_slots(index.astype(np.uint8), pages)
+    block = np.zeros(2 * 37440, np.uint8)
     with pytest.raises(ArgumentError, match="output out overlaps pages in memory"):
-        block = np.zeros(8 * 512 * 2 + 2 * 37440, np.uint8)
-        gather_kv_slots(index, block[: 2 * 37440].reshape(2, -1), out=block[: 8192].view(BF16).reshape(2, 4, 512))
+        gather_kv_slots(index, block.reshape(2, -1), out=block[:8192].view(BF16).reshape(2, 4, 512))
