@@ -25,7 +25,8 @@ from dsv4_rt.launch import Prepared
 MAX_PLANS = 8192
 
 
-FAMILIES = ("router", "memory", "kv")  # packages of dsv4_rt whose `ops` module has launchers and a table INSTANCES
+# Packages of dsv4_rt whose `ops` module has launchers and a table INSTANCES.
+FAMILIES = ("router", "memory", "kv", "linear")
 
 
 @dataclass(frozen=True)

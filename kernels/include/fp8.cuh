@@ -61,3 +61,10 @@ __device__ __forceinline__ float decode_ue8m0(u32 byte) {
     const u32 normal = byte << 23;
     return __uint_as_float(byte == 0 ? 0x00400000u : byte == 255 ? 0x7fffffffu : normal);
 }
+
+// The larger of two pairs of 16-bit integers, half by half.
+__device__ __forceinline__ u32 max_u16x2(u32 a, u32 b) {
+    u32 most;
+    asm("max.u16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
+    return most;
+}
