@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from dsv4_rt.arrays import I32, I64, U8, View
-from dsv4_rt.checks import Arg, check_range, match
+from dsv4_rt.checks import Arg, check_range, check_scale, match
 from dsv4_rt.errors import ArgumentError
 from dsv4_rt.formats import BF16
 from dsv4_rt.launch import POINTER, load
@@ -20,6 +20,8 @@ from dsv4_rt.operation import Call, Instance, Operation, Plan
 
 DIMS: Final = 512  # of a record
 RECORDS: Final = {"v4": ("V4", 584), "split": ("Split", 580)}  # the kernels' name, bytes an entry
+KEY_DIMS: Final = 128  # of an index key
+INDEX_KEYS: Final = {"nvfp4": ("Nvfp4", 72), "mxfp4": ("Mxfp4", 68), "fp8": ("Fp8", 132)}  # likewise
 VECTOR: Final = 16  # bytes: what the widest access takes
 ENTRIES: Final = 64  # a page of the csa and window caches
 HCA_ENTRIES: Final = 2
@@ -140,6 +142,48 @@ def append_kv(
     _APPEND_KV((x, slots), (pages,), (record, entries, pdl), stream)
 
 
+def append_index_keys(
+    x: Any,
+    slots: Any,
+    pages: Any,
+    *,
+    record: str = "nvfp4",
+    rotate: bool = True,
+    g: float = 1.0,
+    entries: int = ENTRIES,
+    stream: Any = None,
+    pdl: bool = False,
+) -> None:
+    """Quantise index keys into records of a paged cache, in place, rotated by a Hadamard matrix or as they are.
+
+        y      = bf16(H x * 128^-1/2) where `rotate`, else x        H: 128 x 128 of +-1, natural order, in fp32
+        nvfp4  sf = e4m3(amax16 / (6 * g)), q = e2m1(y / (sf * g)), 0 where sf = 0
+        mxfp4  s = 2^ceil(log2(max(amax32, 6 * 2^-126) / 6)),       q = e2m1(y / s), s as ue8m0
+        fp8    s = 2^ceil(log2(max(amax128, 1e-4) / 448)),          q = e4m3(y / s), s float32
+
+    A slot outside 0 .. P * entries - 1 (-1 above all) writes nothing; two tokens with one slot leave that record in
+    either's bytes, mixed. NaN is ignored in amax, an infinity counts as the largest finite bf16. Bit-exact.
+    Source: DeepSeek-V4 inference reference, model.py: Indexer, kernel.py: fp4_quant_kernel, act_quant.
+
+    Args:
+        x: [T, 128] bfloat16; 16 B aligned, rows may be strided, by a multiple of 8.
+        slots: [T] int64, page * entries + entry: KVPool.slot_mapping("index").
+        pages: [P, page bytes] uint8, written; 16 B aligned, pages may be strided, by a multiple of 16 B.
+        record: "nvfp4", "mxfp4" or "fp8".
+        rotate: whether keys are rotated first; queries must be rotated alike.
+        g: the layer's global scale of nvfp4, fixed when the pool is made; must be 1.0 for the others.
+        entries: a page, a multiple of 2.
+        stream: the stream to launch on; the caller's current stream if None. Never synchronises.
+        pdl: launch with programmatic stream serialisation.
+
+    Raises:
+        ArgumentError: a shape, dtype, layout, record or scale is not the one above.
+
+    Traffic: reads 264 B a token, writes 72 (nvfp4), 68 (mxfp4) or 132 (fp8) B.
+    """
+    _APPEND_INDEX_KEYS((x, slots), (pages,), (record, rotate, g, entries, pdl), stream)
+
+
 def compute_valid_lens(
     positions: Any,
     block_table: Any,
@@ -216,26 +260,26 @@ GATHER_KV = "kv/gather_kv.cu"
 
 @dataclass(frozen=True)
 class Tile:
-    """How a gather splits its work: neighbours that a warp takes at once, warps a block, table words a block stages."""
+    """How a gather splits its work: neighbours that a warp takes at once, warps a block."""
 
     each: int
     warps: int
-    stage: int = 0
 
 
-STAGE = 1024  # words of shared memory
+def gather_kv_tile(records: int) -> Tile:
+    """The tile for T * k records. bench/results/h200-kv-tiles.txt, H200, cold, v4, k = 1024:
 
-
-def gather_kv_tile(records: int, max_blocks: int = 0) -> Tile:
-    """The tile for T * k records; max_blocks of the table, 0 where there is none."""
+    1,024 records take 3.0 us by ones and 3.2 by twos, 131,072 58.4 us by twos, 58.9 by fours and 60.2 by eights; blocks
+    of 16 warps are 0.4 % ahead of 2 at 1,048,576 records and 1 % behind at 32,768.
+    """
     if records <= 4096:
-        return Tile(1, 8, STAGE if 0 < max_blocks <= STAGE else 0)
+        return Tile(1, 4)
     return Tile(2, 2) if records <= 2**18 else Tile(2, 16)
 
 
 def gather_kv_instance(tile: Tile, record: str, entries: int) -> str:
     """The instantiation for a record and page."""
-    return f"gather_kv<{RECORDS[record][0]}, {entries}, {tile.each}, {tile.warps}, {tile.stage}>"
+    return f"gather_kv<{RECORDS[record][0]}, {entries}, {tile.each}, {tile.warps}>"
 
 
 def gather_kv_slots_instance(tile: Tile, record: str, entries: int, slot: np.dtype[Any]) -> str:
@@ -273,15 +317,15 @@ def _plan_gather_kv(call: Call) -> Plan:
         raise ArgumentError(f"gather_kv: {T} tokens and a block_table of {B} rows; give row, or a row for every token")
     ready = None
     if T * k:
-        tile = gather_kv_tile(T * k, max_blocks)
-        blocks = check_range("gather_kv", "blocks of the grid", T * _ceil(k, tile.each * tile.warps), 1, 2**31 - 1)
+        tile = gather_kv_tile(T * k)
+        warps = check_range("gather_kv", "T * k", T * _ceil(k, tile.each), 1, 2**31 - 1)
         ready = load(GATHER_KV, gather_kv_instance(tile, record, entries), call.device).prepare(
-            blocks,
+            _ceil(warps, tile.warps),
             32 * tile.warps,
             *(POINTER,) * 2,
             np.uint64(0) if row is None else POINTER,
             *(POINTER,) * 2,
-            *(np.int32(n) for n in (k, B, max_blocks, P)),
+            *(np.int32(n) for n in (T, k, B, max_blocks, P)),
             *(np.int64(v.strides[0]) for v in (topk, table, pages)),
             *_out_strides(out, k),
             pdl=bool(pdl),
@@ -314,15 +358,13 @@ def _plan_gather_kv_slots(call: Call) -> Plan:
     ready = None
     if T * k:
         tile = gather_kv_tile(T * k)
-        blocks = check_range(
-            "gather_kv_slots", "blocks of the grid", T * _ceil(k, tile.each * tile.warps), 1, 2**31 - 1
-        )
+        warps = check_range("gather_kv_slots", "T * k", T * _ceil(k, tile.each), 1, 2**31 - 1)
         name = gather_kv_slots_instance(tile, record, entries, slots.dtype)
         ready = load(GATHER_KV, name, call.device).prepare(
-            blocks,
+            _ceil(warps, tile.warps),
             32 * tile.warps,
             *(POINTER,) * 3,
-            *(np.int32(n) for n in (k, P)),
+            *(np.int32(n) for n in (T, k, P)),
             *(np.int64(v.strides[0]) for v in (slots, pages)),
             *_out_strides(out, k),
             pdl=bool(pdl),
@@ -336,6 +378,8 @@ _GATHER_KV_SLOTS = Operation("gather_kv_slots", ("slots", "pages"), ("out",), _p
 # --------------------------------------------------------------------------------------------------- append_kv
 
 APPEND_KV = "kv/append_kv.cu"
+# Warps a block. bench/results/h200-kv-tiles.txt: 65,536 tokens (v4) take 80 us with 1, 40 with 2, 30 with 4 and 31 with
+# 8 or 16; 64 tokens 2.5 us with any.
 APPEND_KV_WARPS = 4
 
 
@@ -375,6 +419,61 @@ def _plan_append_kv(call: Call) -> Plan:
 
 
 _APPEND_KV = Operation("append_kv", ("x", "slots"), ("pages",), _plan_append_kv)
+
+
+# ------------------------------------------------------------------------------------------- append_index_keys
+
+APPEND_INDEX_KEYS = "kv/append_index_keys.cu"
+APPEND_INDEX_KEYS_WARPS = 4
+KEYS_A_WARP = 4
+
+
+def append_index_keys_instance(record: str, rotate: bool, entries: int) -> str:
+    """The instantiation for a record, with or without rotation, and page."""
+    rotated = "true" if rotate else "false"
+    return f"append_index_keys<{INDEX_KEYS[record][0]}, {rotated}, {entries}, {APPEND_INDEX_KEYS_WARPS}>"
+
+
+def _plan_append_index_keys(call: Call) -> Plan:
+    x, slots = call.inputs
+    assert x is not None
+    assert slots is not None
+    assert call.outputs is not None
+    pages = call.outputs[0]
+    record, rotate, g, entries, pdl = call.settings
+    if record not in INDEX_KEYS:
+        raise ArgumentError(f"append_index_keys: record = {record!r} is none of {', '.join(INDEX_KEYS)}")
+    g = check_scale("append_index_keys", "g", g)
+    if np.float32(g) <= 0 or (record != "nvfp4" and g != 1):
+        raise ArgumentError(f"append_index_keys: g = {g} must be positive, and 1.0 for {record!r} keys but nvfp4")
+    entries = check_range("append_index_keys", "entries", entries, 1, 65536)
+    if entries % 2:
+        raise ArgumentError(f"append_index_keys: entries = {entries} must be a multiple of 2: scales are aligned then")
+    sizes = match(
+        "append_index_keys",
+        x=Arg(x, f"T {KEY_DIMS}", BF16, rows=True, align=VECTOR),
+        slots=Arg(slots, "T", I64),
+        pages=Arg(pages, "P bytes", U8, rows=True, align=VECTOR, output=True),
+    )
+    _check_pages("append_index_keys", pages, entries, entries * INDEX_KEYS[record][1])
+    _check_rows("append_index_keys", "x", x, VECTOR // 2)
+    T, P = sizes["T"], sizes["P"]
+    ready = None
+    if T and P:
+        name = append_index_keys_instance(record, bool(rotate), entries)
+        ready = load(APPEND_INDEX_KEYS, name, call.device).prepare(
+            _ceil(T, KEYS_A_WARP * APPEND_INDEX_KEYS_WARPS),
+            32 * APPEND_INDEX_KEYS_WARPS,
+            *(POINTER,) * 3,
+            *(np.int32(n) for n in (T, P)),
+            *(np.int64(v.strides[0]) for v in (x, pages)),
+            np.float32(g),
+            pdl=bool(pdl),
+        )
+    return Plan((), ready)
+
+
+_APPEND_INDEX_KEYS = Operation("append_index_keys", ("x", "slots"), ("pages",), _plan_append_index_keys)
 
 
 # ------------------------------------------------------------------------------------------ compute_valid_lens
@@ -429,9 +528,9 @@ _COMPUTE_VALID_LENS = Operation(
 _PAGES = tuple((record, entries) for record in RECORDS for entries in (ENTRIES, HCA_ENTRIES))
 INSTANCES = (
     *(
-        Instance(GATHER_KV, gather_kv_instance(gather_kv_tile(records, blocks), record, entries), 40)
+        Instance(GATHER_KV, gather_kv_instance(gather_kv_tile(records), record, entries), 40)
         for record, entries in _PAGES
-        for records, blocks in ((1, 1), (1, STAGE + 1), (2**18, 1), (2**20, 1))
+        for records in (1, 2**18, 2**20)
     ),
     *(
         Instance(GATHER_KV, gather_kv_slots_instance(gather_kv_tile(records), record, entries, slot), 40)
@@ -440,5 +539,10 @@ INSTANCES = (
         for slot in (I32, I64)
     ),
     *(Instance(APPEND_KV, append_kv_instance(record, entries), 40) for record, entries in _PAGES),
+    *(
+        Instance(APPEND_INDEX_KEYS, append_index_keys_instance(record, rotate, ENTRIES), 64)
+        for record in INDEX_KEYS
+        for rotate in (True, False)
+    ),
     *(Instance(COMPUTE_VALID_LENS, f"compute_valid_lens<{kind}>", 32) for kind in ("int", "long long")),
 )

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dsv4_rt import formats
 from dsv4_rt.formats import BF16, F32
-from dsv4_rt.memory.layout import RECORDS, Cache
+from dsv4_rt.memory.layout import INDEX_KEYS, RECORDS, Cache, Part
 
 Bytes = NDArray[np.uint8]
 Ints = NDArray[np.integer[Any]]
@@ -26,7 +26,11 @@ _NAN: Final = 0x7FFF  # what a conversion to bf16 makes of a NaN
 
 def parts(pages: Bytes, record: str, entries: int) -> dict[str, NDArray[Any]]:
     """Views of a cache's parts: data [P, N, 448], rope [P, N, 64] bf16, scales [P, N, 8] ue8m0 or [P, N, 1] float32."""
-    cache = Cache("cache", "full", 1, entries, RECORDS[record][0], RECORDS[record][1], ())
+    return _parts(pages, *RECORDS[record], entries)
+
+
+def _parts(pages: Bytes, record: tuple[Part, ...], align: int, entries: int) -> dict[str, NDArray[Any]]:
+    cache = Cache("cache", "full", 1, entries, record, align, ())
     found = {}
     for part in cache.parts:
         offset, stride = cache.locate(part.name)
@@ -112,3 +116,47 @@ def compute_valid_lens(
         pages = next((i for i, page in enumerate(ids) if page <= 0), len(ids))
         lens.append(min(max(p + 1, 0) // ratio, pages * entries))
     return np.array(lens, np.int32)
+
+
+def hadamard(x: Bf16) -> Bf16:
+    """[..., 128] bfloat16 -> bf16(H x * 128^-1/2): fp32 butterflies of stride 1 to 64, one rounding at the end."""
+    v = x.astype(np.float32)
+    with np.errstate(all="ignore"):
+        for stride in (1, 2, 4, 8, 16, 32, 64):
+            pairs = v.reshape(-1, 64 // stride, 2, stride)
+            a, b = pairs[:, :, 0], pairs[:, :, 1]
+            v = np.stack([a + b, a - b], axis=2).reshape(x.shape)
+        return (v * np.float32(128**-0.5)).astype(BF16)
+
+
+def encode_keys(x: Bf16, record: str, g: float = 1.0) -> tuple[Bytes, NDArray[Any]]:
+    """Index keys as records: [T, 128] bfloat16 -> codes [T, 64] or [T, 128], scales."""
+    if record == "nvfp4":
+        return formats.nvfp4_encode(x, np.float32(g))
+    if record == "mxfp4":
+        return formats.mxfp4_encode(x)
+    values = x.astype(np.float32)
+    largest = np.where(np.isinf(values), _BF16_MAX, np.abs(values))
+    amax = np.fmax.reduce(largest, axis=-1, keepdims=True, initial=np.float32(0))
+    ideal = np.maximum(amax, _FLOOR) / np.float32(448)
+    scale = np.exp2(np.ceil(np.log2(ideal.astype(np.float64)))).astype(np.float32)
+    with np.errstate(all="ignore"):
+        return formats.e4m3_encode(values / scale), scale
+
+
+def key_parts(pages: Bytes, record: str, entries: int) -> dict[str, NDArray[Any]]:
+    """Views of an index cache's parts: data [P, N, 64 or 128], scales [P, N, 8 e4m3, 4 ue8m0 or 1 float32]."""
+    return _parts(pages, *INDEX_KEYS[record], entries)
+
+
+def append_index_keys(
+    x: Bf16, slots: Ints, pages: Bytes, record: str = "nvfp4", rotate: bool = True, g: float = 1.0, entries: int = 64
+) -> Bytes:
+    """What dsv4_rt.kv.ops.append_index_keys documents: a copy of `pages` with the keys of all valid slots written."""
+    out = pages.copy()
+    there = (slots >= 0) & (slots < len(pages) * entries)
+    at = np.divmod(slots[there], entries)
+    data, scales = encode_keys(hadamard(x[there]) if rotate else x[there], record, g)
+    cache = key_parts(out, record, entries)
+    cache["data"][at], cache["scales"][at] = data, scales
+    return out

@@ -156,6 +156,37 @@ __device__ __forceinline__ uint2 e2m1_quotients(const Sixteen<T>& block, float s
     return make_uint2(word[0], word[1]);
 }
 
+// Codes of one nvfp4 block; sf: its e4m3 scale. `ideal` is that scale before rounding.
+//
+//   sf = e4m3(amax / (6 * g)),   q = e2m1(v / (sf * g)), 0 where sf = 0
+template <typename T>
+__device__ __forceinline__ uint2 encode_nvfp4(const Sixteen<T>& block, float amax, float g, u32& sf, float& ideal) {
+    ideal = amax / (E2M1_MAX * g);
+    sf    = pack_e4m3x2(ideal, 0.0f) & 0xffu;
+    const float step = decode_e4m3(sf) * g;
+    return sf == 0 ? make_uint2(0, 0) : e2m1_quotients(block, step, __uint_as_float(block.magnitude()));
+}
+
+// The ue8m0 scale of an mxfp4 group, and the codes of a block under it: 2 ^ ceil(log2(max(amax, 6 * 2^-126) / 6)).
+__device__ __forceinline__ u32 mxfp4_scale(float amax) {
+    constexpr float LEAST = 7.052966104933725e-38f;  // 6 * 2^-126: the scale stays a normal number
+    return encode_ue8m0(ceil_pow2(fmaxf(amax, LEAST) / E2M1_MAX));
+}
+template <typename T>
+__device__ __forceinline__ uint2 encode_mxfp4(const Sixteen<T>& block, u32 byte) {
+    if (block.magnitude() >= INF_BITS) return e2m1_any(block, decode_ue8m0(byte));
+    const float inverse = decode_ue8m0(254 - byte);  // exact
+    u32 word[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        float a[8];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) a[j] = fabsf(block.value(8 * h + j)) * inverse;
+        word[h] = e2m1x8(a) | block.signs(h);
+    }
+    return make_uint2(word[0], word[1]);
+}
+
 // A code 0 .. 15 in the low bits -> its value. Exact: the bits of an e2m1 are those of a float, 2^126 times smaller.
 __device__ __forceinline__ float decode_e2m1(u32 code) {
     const float magnitude = __uint_as_float((code & 7) << 22) * 8.507059173023462e37f;

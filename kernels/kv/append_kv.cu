@@ -14,16 +14,22 @@
 // Launch    append_kv<Record, N, WARPS>: Record V4 or Split, N entries a page. block = 32 * WARPS, grid = ceil(T / WARPS),
 //           no shared memory. Host returns at T = 0. May follow a kernel by programmatic dependent launch.
 
-#include "divide.cuh"
 #include "kv_records.cuh"
 #include "ptx.cuh"
 
-// Bits of the largest magnitude, NaN ignored, an infinity counted as the largest finite bf16: in order as integers.
-__device__ __forceinline__ u32 amax_bits(const float (&v)[CHUNK], float least) {
-    float amax = least;                              // fmaxf passes over a NaN
+__device__ __forceinline__ float amax8(const float (&v)[CHUNK]) {
+    float amax = 0.0f;                               // fmaxf passes over a NaN
 #pragma unroll
     for (int i = 0; i < CHUNK; ++i) amax = fmaxf(amax, fabsf(v[i]));
-    return __float_as_uint(fminf(amax, BF16_MAX));
+    return fminf(amax, BF16_MAX);
+}
+
+// The largest of W neighbouring lanes; amax is no NaN and not negative, so its bits are in order.
+template <int W>
+__device__ __forceinline__ float group_max(float amax) {
+#pragma unroll
+    for (int d = W / 2; d > 0; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(ALL_LANES, amax, d));
+    return amax;
 }
 
 template <typename Divide>
@@ -39,12 +45,9 @@ __device__ __forceinline__ void encode(V4, const float (&v)[2][CHUNK], int lane,
     u32 word[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        u32 amax = amax_bits(v[h], AMAX_FLOOR);      // of the 8 lanes that share a scale
-#pragma unroll
-        for (int d = 4; d > 0; d /= 2) amax = max(amax, __shfl_xor_sync(ALL_LANES, amax, d));
-        // 448 = 1.75 * 2^8: the least power of two from amax / 448 on follows from the bits, division's rounding and all.
-        const u32   byte    = ((amax + 0x1fffffu) >> 23) - 8;
-        const float inverse = decode_ue8m0(254 - byte);      // exact: the scale is 2^-22 .. 2^120
+        const float scale   = ceil_pow2(fmaxf(group_max<8>(amax8(v[h])), AMAX_FLOOR) / E4M3_MAX);
+        const u32   byte    = encode_ue8m0(scale);
+        const float inverse = decode_ue8m0(254 - byte);      // exact: scale is 2^-22 .. 2^120
         codes[h] = encode8(v[h], [=](float x) { return x * inverse; });
         const bool mine = lane % 8 == 0 && (h == 0 || lane < CODE_LANES);
         word[h] = __reduce_or_sync(ALL_LANES, mine ? byte << lane : 0u);
@@ -53,11 +56,10 @@ __device__ __forceinline__ void encode(V4, const float (&v)[2][CHUNK], int lane,
 }
 
 __device__ __forceinline__ void encode(Split, const float (&v)[2][CHUNK], int lane, uint2 (&codes)[2], u8* scales) {
-    const u32 mine    = max(amax_bits(v[0], AMAX_FLOOR), lane < CODE_LANES ? amax_bits(v[1], AMAX_FLOOR) : 0u);
-    const float scale = __uint_as_float(lanes_max(mine)) / E4M3_MAX;
-    const Divisor by(scale);                         // 2^-22 .. 2^120, and quotients up to 448
+    const float amax  = fmaxf(amax8(v[0]), lane < CODE_LANES ? amax8(v[1]) : 0.0f);
+    const float scale = fmaxf(group_max<LANES>(amax), AMAX_FLOOR) / E4M3_MAX;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) codes[h] = encode8(v[h], [=](float x) { return by.quotient(x); });
+    for (int h = 0; h < 2; ++h) codes[h] = encode8(v[h], [=](float x) { return x / scale; });
     if (lane == 0) *reinterpret_cast<float*>(scales) = scale;
 }
 

@@ -11,13 +11,11 @@
 //           above all) gives zeros, and nothing is read for it.
 // Work      one warp for EACH neighbours of one token's list: all their indices, then all their pages, then all their
 //           bytes are in flight together. Two 8 B loads of codes (or one, and 16 B of rope) and two 16 B stores a lane.
-//           With STAGE the block loads the token's row of the table while the indices are on their way.
 // Cost      reads 4 B of index and of table (8 B a slot), 584 (V4) or 580 (Split) B a record, writes 1024 B. Bound by
 //           HBM bandwidth; by the latency of three dependent loads where there are few.
-// Launch    gather_kv<Record, N, EACH, WARPS, STAGE>, gather_kv_slots<Record, N, Slot, EACH, WARPS>: Record V4 or Split, N
-//           entries a page, Slot int or long long, STAGE = 0 or at least max_blocks. block = 32 * WARPS, grid = T *
-//           ceil(k / (EACH * WARPS)), static shared memory with STAGE. Host returns at T * k = 0.
-//           May follow a kernel by programmatic dependent launch.
+// Launch    gather_kv<Record, N, EACH, WARPS>, gather_kv_slots<Record, N, Slot, EACH, WARPS>: Record V4 or Split, N
+//           entries a page, Slot int or long long. block = 32 * WARPS, grid = ceil(T * ceil(k / EACH) / WARPS), no shared
+//           memory. Host returns at T * k = 0. May follow a kernel by programmatic dependent launch.
 
 #include "kv_records.cuh"
 #include "ptx.cuh"
@@ -60,39 +58,33 @@ __device__ __forceinline__ void gather(const u8* const (&page)[EACH], const int 
     }
 }
 
-template <typename Record, int N, int EACH, int WARPS, int STAGE>
+template <typename Record, int N, int EACH, int WARPS>
 __global__ void __launch_bounds__(LANES * WARPS)
 gather_kv(const int* topk_indices,                   // [T, k]           rows topk_stride apart
           const int* block_table,                    // [B, max_blocks]  rows table_stride apart
           const int* row,                            // [T], or null: token t has table row t
           const u8* __restrict__ pages,              // [P]              page_stride B apart
           bf16* out,                                 // [T, k, 512]      out_token, out_entry apart
-          int k, int B, int max_blocks, int P,
+          int T, int k, int B, int max_blocks, int P,
           i64 topk_stride, i64 table_stride, i64 page_stride, i64 out_token, i64 out_entry)
 {
-    // Which records are mine? A block has one token.
+    // Which records are mine?
     const int lane    = threadIdx.x % LANES;
-    const u32 per_row = (k + EACH * WARPS - 1) / (EACH * WARPS);
-    const u32 t       = blockIdx.x / per_row;
-    const int first   = ((blockIdx.x - t * per_row) * WARPS + warp_index()) * EACH;
+    const u32 warp    = blockIdx.x * u32(WARPS) + warp_index();
+    const u32 per_row = (k + EACH - 1) / EACH;
+    const u32 t       = warp / per_row;
+    const int first   = (warp - t * per_row) * EACH;
     wait_for_dependency();
     let_dependents_start();
+    if (t >= u32(T)) return;
 
     // Their indices, and the token's row of the table.
-    int index[EACH];
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) index[i] = first + i < k ? topk_indices[t * topk_stride + first + i] : -1;
     const int r = row ? row[t] : int(t);
     const bool known = u32(r) < u32(B);
     const int* table = block_table + (known ? r : 0) * table_stride;
-    if constexpr (STAGE > 0) {
-        __shared__ int staged[STAGE];
-        if (known)
-            for (int i = threadIdx.x; i < max_blocks; i += LANES * WARPS) staged[i] = table[i];
-        __syncthreads();
-        table = staged;
-    }
-    if (first >= k) return;
+    int index[EACH];
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) index[i] = first + i < k ? topk_indices[t * topk_stride + first + i] : -1;
 
     // Their pages.
     const u8* page[EACH];
@@ -112,16 +104,17 @@ __global__ void __launch_bounds__(LANES * WARPS)
 gather_kv_slots(const Slot* slots,                   // [T, k]       rows slots_stride apart
                 const u8* __restrict__ pages,        // [P]          page_stride B apart
                 bf16* out,                           // [T, k, 512]  out_token, out_entry apart
-                int k, int P,
+                int T, int k, int P,
                 i64 slots_stride, i64 page_stride, i64 out_token, i64 out_entry)
 {
     const int lane    = threadIdx.x % LANES;
-    const u32 per_row = (k + EACH * WARPS - 1) / (EACH * WARPS);
-    const u32 t       = blockIdx.x / per_row;
-    const int first   = ((blockIdx.x - t * per_row) * WARPS + warp_index()) * EACH;
+    const u32 warp    = blockIdx.x * u32(WARPS) + warp_index();
+    const u32 per_row = (k + EACH - 1) / EACH;
+    const u32 t       = warp / per_row;
+    const int first   = (warp - t * per_row) * EACH;
     wait_for_dependency();
     let_dependents_start();
-    if (first >= k) return;
+    if (t >= u32(T)) return;
 
     i64 slot[EACH];
 #pragma unroll

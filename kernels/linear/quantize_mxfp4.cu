@@ -16,8 +16,6 @@
 #include "ptx.cuh"
 #include "warp.cuh"
 
-constexpr float LEAST = 7.052966104933725e-38f;      // 6 * 2^-126: the scale stays a normal number
-
 template <typename T, bool TILED>
 __global__ void __launch_bounds__(256)
 quantize_mxfp4(const T* x,                           // [M, K]     rows x_stride apart, 16 B aligned
@@ -39,28 +37,11 @@ quantize_mxfp4(const T* x,                           // [M, K]     rows x_stride
     if (there) block.load(x + t * x_stride + (2 * j + half) * BLOCK);
 
     // The group's scale.
-    const float mine  = block.amax();
-    const float amax  = fmaxf(fmaxf(mine, __shfl_xor_sync(ALL_LANES, mine, 1)), LEAST);
-    const u32   byte  = encode_ue8m0(ceil_pow2(amax / E2M1_MAX));
-    const i64   at    = TILED ? offset_128x4(t, j, width / 4) : i64(t) * scales + j;
+    const float mine = block.amax();
+    const u32   byte = mxfp4_scale(fmaxf(mine, __shfl_xor_sync(ALL_LANES, mine, 1)));
+    const i64   at   = TILED ? offset_128x4(t, j, width / 4) : i64(t) * scales + j;
     if (there) {
-        const float step = decode_ue8m0(byte);
-        uint2 codes;
-        if (block.magnitude() < INF_BITS) {
-            const float inverse = decode_ue8m0(254 - byte);  // exact
-            u32 word[2];
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                float a[8];
-#pragma unroll
-                for (int v = 0; v < 8; ++v) a[v] = fabsf(block.value(8 * h + v)) * inverse;
-                word[h] = e2m1x8(a) | block.signs(h);
-            }
-            codes = make_uint2(word[0], word[1]);
-        } else {
-            codes = e2m1_any(block, step);
-        }
-        reinterpret_cast<uint2*>(q + i64(t) * (K / 2))[2 * j + half] = codes;
+        reinterpret_cast<uint2*>(q + i64(t) * (K / 2))[2 * j + half] = encode_mxfp4(block, byte);
         if (half == 0) sf[at] = u8(byte);
     } else if (TILED && half == 0 && t < u32(M + 127) / 128 * 128) {
         sf[at] = 0;

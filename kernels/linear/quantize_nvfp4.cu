@@ -40,13 +40,12 @@ __device__ __forceinline__ float block_max(float mine) {
     return __uint_as_float(lanes_max(lane < warps ? most[lane] : 0u));
 }
 
-// One block of 16: codes and scale stored. `ideal` is the scale before rounding.
+// One block of 16, codes and scale stored; returns the scale before rounding.
 template <typename T>
 __device__ __forceinline__ float encode(const Sixteen<T>& block, float amax, float g, uint2* q, u8* sf) {
-    const float ideal = amax / (E2M1_MAX * g);
-    const u32   code  = pack_e4m3x2(ideal, 0.0f) & 0xffu;
-    const float step  = decode_e4m3(code) * g;
-    *q  = code == 0 ? make_uint2(0, 0) : e2m1_quotients(block, step, __uint_as_float(block.magnitude()));
+    u32 code;
+    float ideal;
+    *q  = encode_nvfp4(block, amax, g, code, ideal);
     *sf = u8(code);
     return ideal;
 }

@@ -6,7 +6,7 @@ from caches import BF16, activations, filled, page_bytes, poisoned, same_bits
 
 from dsv4_rt import ArgumentError
 from dsv4_rt.kv import reference
-from dsv4_rt.kv.ops import RECORDS, STAGE, gather_kv, gather_kv_slots, gather_kv_tile
+from dsv4_rt.kv.ops import RECORDS, gather_kv, gather_kv_slots, gather_kv_tile
 
 
 def lists(rng, T, k, B, blocks, P, entries):
@@ -102,16 +102,6 @@ def test_poison_beyond_the_valid_length_does_not_matter(device, rng, record):
     outside[0, 2] = (P - 1) * entries
     got = gather_kv(*[device.array(x) for x in (outside, table, pages)], record=record)
     assert not device.numpy(got).view(np.uint16).any()
-
-
-@pytest.mark.parametrize("blocks", [STAGE, STAGE + 1])  # the last table that is staged, the first that is not
-def test_wide_tables(device, rng, blocks):
-    pages = filled(rng, 5, "split", 2)
-    index, table = lists(rng, 2, 50, 3, blocks, 5, 2)
-    row = np.array([2, 7], np.int32)
-    given = [device.array(x) for x in (index, table, pages)]
-    got = gather_kv(*given, record="split", entries=2, row=device.array(row))
-    same_bits(device.numpy(got), reference.gather_kv(index, table, pages, "split", 2, row))
 
 
 @pytest.mark.slow
