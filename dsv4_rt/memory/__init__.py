@@ -3,7 +3,8 @@
 from dsv4_rt.errors import PoolError, PoolExhausted, PoolMisuse, SnapshotError, TooLong, UnknownSequence
 from dsv4_rt.memory.admission import Need
 from dsv4_rt.memory.layout import Cache, KVLayout, Part
-from dsv4_rt.memory.pool import KVPool, LifeStats, PoolStats
+from dsv4_rt.memory.pool import KVPool
+from dsv4_rt.memory.stats import LifeStats, PoolStats
 
 __all__ = [
     "Cache",

@@ -69,18 +69,18 @@ def counts_for(
     checkpoints: int | None,
     state_slots: int,
     max_sequences: int,
-    max_in_flight: int,
+    max_tokens: int,
     checkpoint_every: int,
     steps_in_flight: int,
 ) -> dict[str, int]:
     """Pages by life cycle, null pages included, from what the caller fixed and a budget of bytes for the rest.
 
-    Window: 4 pages a sequence, which is what decoding holds at most, and the pages that a
-    whole chunk passes through in each step in flight, and 2 a checkpoint. Checkpoints: one for every
+    Window: 4 pages a sequence, which is what decoding holds at most; the pages that whole chunks of max_tokens in all
+    pass through, for each step in flight; and 2 a checkpoint. Checkpoints: one for every
     `checkpoint_every` tokens of full pages and one a sequence. Full pages take what is left of the budget.
     """
     size = {life: layout.bytes_of(life) for life in LIVES}
-    moving = min(4 * max_sequences + window_width(max_in_flight) * steps_in_flight, 2**30)
+    moving = 4 * max_sequences + -(-max_tokens // WINDOW_TOKENS) * steps_in_flight
     per_page = FULL_TOKENS / checkpoint_every if checkpoints is None else 0.0
     fixed = max_sequences if checkpoints is None else checkpoints
     if pages is None:

@@ -132,6 +132,7 @@ def _check_prefix(pool: KVPool) -> None:
     _equal(pages, np.flatnonzero(c.serial), "prefix: registered pages are those with a serial")
     _demand(all(c.digest_of[page] == digest for digest, page in c.table.items()), "prefix: digests of pages")
     _demand(np.unique(c.serial[pages]).size == pages.size, "prefix: serials are distinct")
+    _demand(c.serial.max() <= c.clock, "prefix: a page was registered later than now")
     live = np.flatnonzero(c.page_of)
     _equal(live, np.flatnonzero(slots.keep), "prefix: living checkpoints are the slots that are kept")
     _equal(c.checkpoint_of[c.page_of[live]], live, "prefix: checkpoint and page name each other")

@@ -63,7 +63,8 @@ class Copies:
         self.restores[state] = slot, boundary
 
     def abandon(self, life: str, targets: Ints) -> None:
-        """Nobody holds these pages or slots any more: copies into them are not needed."""
+        """Nobody holds these pages or slots any more: copies into those that are not kept either are not needed."""
+        targets = targets[~self._lives[life].keep[targets]]  # an idle checkpoint still has to be saved
         if life in self.whole and self.whole[life]:
             for target in targets.tolist():
                 if (source := self.whole[life].pop(target, None)) is not None:

@@ -22,9 +22,8 @@ from dsv4_rt.memory.sequences import NEVER, SHARED, STAGED, Sequences
 from dsv4_rt.memory.slots import StepSlots, spread
 from dsv4_rt.memory.tables import Tables
 
-FEW: Final = 6  # rows: up to here integers are faster than arrays
-AT_ONCE: Final = (
-    16  # pages: from here on it pays to look whether they can be passed on without a turn in the free stack
+FEW: Final = (
+    12  # rows: up to here integers are faster than arrays (between 10 and 24 a decode step takes the same time)
 )
 _NONE: Final = np.empty(0, np.int32)
 _NOWHERE: Final = np.empty(0, np.int64)
@@ -110,13 +109,13 @@ class Ledger:
             if w1 - w0 == 1:
                 window.append(row * width + w0 % width)
             elif w1 > w0:
-                runs["window"].append(np.arange(w0, w1) % width + row * width)
+                runs["window"] += self._ring(row, w0, w1)
             end = min(base, max(int(s.high[row]), m) - self.max_draft) if self.max_draft else base
             low, held = max(0, end - (WINDOW - 1)) >> 6, int(s.first_window[row])
             if low - held == 1:
                 passed.append(row * width + held % width)
             elif low > held:
-                runs["passed"].append(np.arange(held, low) % width + row * width)
+                runs["passed"] += self._ring(row, held, low)
             firsts.append(max(low, held))
             if min(base, int(s.known[row])) >> 8 > s.registered[row]:
                 due.append(row)
@@ -132,6 +131,14 @@ class Ledger:
         if shared:
             plan.copies = self._shared_pages(shared)
         return plan, firsts
+
+    def _ring(self, row: int, first: int, stop: int) -> list[Ints]:
+        """Places of the window's pages first .. stop - 1 of a row: one run, or two around the ring's end."""
+        width, left = self.width, first % self.width
+        start, count = row * width, stop - first
+        if left + count <= width:
+            return [np.arange(start + left, start + left + count)]
+        return [np.arange(start + left, start + width), np.arange(start, start + left + count - width)]
 
     def _plan_many(self, rows: Ints, n: Ints, m: Ints, base: Ints) -> tuple[Plan, Ints]:
         s = self.sequences
@@ -179,7 +186,7 @@ class Ledger:
         again = _NONE  # pages that go straight from the old end of a window to its new one
         if left.size:
             flat[plan.passed] = 0
-            if want_window >= AT_ONCE <= left.size and not self.copies.fence and not self.copies and window.sole(left):
+            if want_window and not self.copies.fence and not self.copies and window.sole(left):
                 again = left[: plan.window.size]
                 left = left[again.size :]
             if left.size:
@@ -342,14 +349,12 @@ class Ledger:
 
     def _checkpoint(self, row: int, page: int, boundary: int, high: int) -> None:
         """Take the checkpoint at `boundary` if the rings still hold what it needs."""
-        state = int(self.tables.state[row])
         first = boundary // 64 - 2
-        gone = high - boundary > 4 + self.max_draft or first < self.sequences.first_window[row]
-        if gone or state in self.copies.restores:
+        if high - boundary > 4 + self.max_draft or first < self.sequences.first_window[row]:
             self.prefix.stats.checkpoints_missed += 1
             return
         window = self.tables.window[row].take(np.arange(first, first + 2) % self.width)
-        self.prefix.checkpoint(page, window, state, boundary)
+        self.prefix.checkpoint(page, window, int(self.tables.state[row]), boundary)
 
     # -------------------------------------------------------------------------------------------- rows come and go
 

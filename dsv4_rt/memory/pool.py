@@ -5,21 +5,25 @@
     while ...:                                      # a step
         pool.extend(seqs, counts)                   # all or nothing
         pool.upload()                               # copies, then what changed in the tables
+        step = pool.begin_step()
         ...                                         # kernels write through slot_mapping, read through block_table
+        pool.end_step(step)                         # when the device is through
     pool.free(seq)
 
 Rules. Everything a call refuses it refuses before it changes anything. The stream's order is the truth: what was
 uploaded and launched counts as computed when the sequence is next extended, forked, preempted or freed. One writer at
 a time: any thread may call, but a call that begins while another runs raises PoolMisuse, which costs one try-lock; an
 engine with several threads brings its own lock around what belongs together. Host arrays are plain NumPy.
+
+The class is the public face and most of this file is its documentation; that is why it is long. The work is done in
+ledger.py (rows and pages), prefix.py, copies.py, slots.py and admission.py.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import numpy as np
@@ -30,16 +34,19 @@ from dsv4_rt.device import device as current_device
 from dsv4_rt.errors import ArgumentError, PoolExhausted, PoolMisuse, TooLong
 from dsv4_rt.memory import admission, snapshot
 from dsv4_rt.memory.admission import Need
+from dsv4_rt.memory.arguments import as_count, as_counts, as_id, as_ids, budget_bytes, optional
 from dsv4_rt.memory.check import check
 from dsv4_rt.memory.copies import Copies
 from dsv4_rt.memory.layout import LIVES, KVLayout
 from dsv4_rt.memory.ledger import Ledger
-from dsv4_rt.memory.pages import Ints, Pages
+from dsv4_rt.memory.pages import CACHED, Ints, Pages
 from dsv4_rt.memory.prefix import PAGE, PrefixCache, page_digests
 from dsv4_rt.memory.sequences import NEVER, STAGED, Parked, Sequences, as_tokens
 from dsv4_rt.memory.slots import StepSlots, mappings
+from dsv4_rt.memory.stats import LifeStats, PoolStats
 from dsv4_rt.memory.storage import Storage
 from dsv4_rt.memory.tables import Tables
+from dsv4_rt.memory.views import Views
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -62,43 +69,7 @@ def _exclusive(method: Callable[Concatenate[KVPool, P], R]) -> Callable[Concaten
     return cast("Callable[Concatenate[KVPool, P], R]", guarded)
 
 
-@dataclass(frozen=True)
-class LifeStats:
-    """Pages or slots of one life cycle, the null page not counted: total = free + used + cached + fenced."""
-
-    total: int
-    free: int
-    used: int
-    cached: int  # idle, kept by the prefix cache, evictable
-    fenced: int  # let go while steps were in flight that may still read them
-    bytes_each: int
-
-
-@dataclass(frozen=True)
-class PoolStats:
-    """What `KVPool.stats` returns; counters run since the pool was made."""
-
-    full: LifeStats
-    window: LifeStats
-    state: LifeStats
-    checkpoint: LifeStats
-    sequences: int  # with a row
-    preempted: int
-    steps_in_flight: int
-    tokens_queried: int
-    tokens_hit: int
-    tokens_lost: int  # on cached pages that matched a prompt, behind the last living checkpoint
-    checkpoint_bytes: int  # living checkpoints: slots and the window pages they keep
-    checkpoints_taken: int
-    checkpoints_missed: int
-    evictions: int
-    checkpoint_evictions: int
-    collisions: int
-    copied_pages: int  # copies on write
-    preemptions: int
-
-
-class KVPool:
+class KVPool(Views):
     """The paged memory of one model on one device."""
 
     def __init__(
@@ -125,8 +96,8 @@ class KVPool:
             layout: the caches; made with the same max_draft.
             budget: bytes for all arrays (int), or a fraction of the device's free memory (float or "0.8").
             pages: 256-token pages, instead of a budget; like the two below without the null page.
-            window_pages: 64-token window pages; by default what max_sequences decoding sequences, the chunks in flight
-                and the checkpoints can hold.
+            window_pages: 64-token window pages; by default 4 a sequence, max_tokens / 64 for each of steps_in_flight
+                and 2 a checkpoint: enough if a sequence whose prompt is done decodes in the next step.
             checkpoints: checkpoint slots; by default one every `checkpoint_every` tokens of pages, one a sequence.
                 With 0 nothing is ever found again.
             state_slots: at least one a sequence; by default max_sequences + steps_in_flight: a slot that is let go
@@ -168,15 +139,15 @@ class KVPool:
                 )
         counts = admission.counts_for(
             layout,
-            budget=_bytes(budget, self.device),
-            pages=_optional("pages", pages, 1),
-            window_pages=_optional("window_pages", window_pages, 1),
-            checkpoints=_optional("checkpoints", checkpoints, 0),
+            budget=budget_bytes(budget, self.device),
+            pages=optional("pages", pages, 1),
+            window_pages=optional("window_pages", window_pages, 1),
+            checkpoints=optional("checkpoints", checkpoints, 0),
             state_slots=self.max_sequences + self.steps_in_flight
             if state_slots is None
             else check_range(what, "state_slots", state_slots, max_sequences, 2**30),
             max_sequences=max_sequences,
-            max_in_flight=max_in_flight,
+            max_tokens=self.max_tokens,
             checkpoint_every=checkpoint_every,
             steps_in_flight=steps_in_flight,
         )
@@ -262,8 +233,10 @@ class KVPool:
 
             positions length .. length + count - 1 of each sequence, in the order of the batch
 
-        Pages that no later query can see leave the window, shared pages that would be written are copied, complete
-        pages enter the prefix cache, checkpoints are taken. Calls before the same upload add to one step.
+        Pages that no later query can see leave the window (at the latest when a decoding sequence begins another
+        64 tokens), shared pages that would be written are copied, complete pages enter the prefix cache, checkpoints
+        are taken. Calls before the same upload add to one step. The window pages of a chunk stay until the sequence is
+        extended again.
 
         Args:
             seqs: an id, or a batch of different ids (an int64 array costs no conversion).
@@ -275,22 +248,22 @@ class KVPool:
             UnknownSequence, PoolMisuse: a bad id, count or dtype, an id twice, more than max_tokens in the step.
         """
         s = self._seqs
-        if type(seqs) is list and len(seqs) == 1:
+        if type(seqs) is list and len(seqs) == 1 and type(seqs[0]) is int:
             seqs = seqs[0]
-            counts = counts[0] if type(counts) is list and len(counts) == 1 else counts
         if type(seqs) is int:
-            one = type(counts) is int
-            self._extend_one(seqs, counts if one else 1 if counts is None else int(_counts(counts, 1)[0]))
+            self._extend_one(seqs, as_count(counts))
             return
-        ids = _ids(seqs, "extend")
+        ids = as_ids(seqs, "extend")
+        if ids.size == 1:
+            self._extend_one(int(ids[0]), as_count(counts))
+            return
         rows = s.rows(ids, "extend")
         n = s.length.take(rows)
         ones = counts is None or (type(counts) is int and counts == 1)
         if not ones:
-            c = _counts(counts, ids.size)
+            c = as_counts(counts, ids.size)
             ones = bool((c == 1).all())
-        if ids.size > 1:
-            s.distinct(rows, "extend")
+        s.distinct(rows, "extend")
         if not ones or s.flags.take(rows).any():
             self._extend(rows, n, np.ones_like(n) if ones else c)
             return
@@ -369,7 +342,7 @@ class KVPool:
             UnknownSequence, PoolMisuse: a bad id or dtype, a token that is no integer from 0 to 2^31 - 1.
         """
         s = self._seqs
-        ids = _ids(seqs, "append")
+        ids = as_ids(seqs, "append")
         rows = s.rows(ids, "append")
         one = np.ndim(seqs) == 0
         new = as_tokens([tokens] if one and np.ndim(tokens) == 0 else tokens, "append")
@@ -408,10 +381,10 @@ class KVPool:
             UnknownSequence: a bad id.
         """
         s = self._seqs
-        ids = _ids(seqs, "truncate")
+        ids = as_ids(seqs, "truncate")
         rows = s.rows(ids, "truncate")
         s.distinct(rows, "truncate")
-        new = _counts(lengths, ids.size, "truncate", "lengths")
+        new = as_counts(lengths, ids.size, "truncate", "lengths")
         old = s.length.take(rows)
         high = s.high.take(rows) if self.max_draft else old
         least = np.maximum(high - self.max_draft, s.floor.take(rows))
@@ -461,7 +434,7 @@ class KVPool:
         Raises:
             UnknownSequence: no such sequence, or freed already.
         """
-        if _id(seq, "free") not in self._seqs.parked:
+        if as_id(seq, "free") not in self._seqs.parked:
             self._ledger.vacate(self._one(seq, "free"), park=False)
         self._seqs.retire(seq)
 
@@ -494,7 +467,7 @@ class KVPool:
         return match.length
 
     def _parked(self, seq: int, what: str) -> Parked:
-        parked = self._seqs.parked.get(_id(seq, what))
+        parked = self._seqs.parked.get(as_id(seq, what))
         if parked is None:
             self._seqs.row(seq, what)
             raise PoolMisuse(f"{what}: sequence {seq} is not preempted")
@@ -505,6 +478,9 @@ class KVPool:
     @_exclusive
     def begin_step(self) -> int:
         """A step is in flight from now on: pages let go before it ends are not handed out until then.
+
+        Call it after `upload`, right before the step's kernels are launched: what `extend`, `preempt` or `free` let go
+        for this step is not read by it, and need only wait for the steps before.
 
         Returns:
             the step's number, for `end_step`.
@@ -572,9 +548,16 @@ class KVPool:
             cached: tokens that the prefix cache has (a multiple of 256, at a checkpoint).
             chunk: tokens a step; max_in_flight if None. Each step is computed before the next is reserved: steps that
                 overlap hold fenced window pages on top.
+
+        Raises:
+            ArgumentError: a negative length, more cached than it is long or no multiple of 256, a chunk below 1.
         """
         length = check_range("KVPool.need", "length", length, 0, 2**30)
         cached = check_range("KVPool.need", "cached", cached, 0, max(length, 0))
+        if cached % PAGE:
+            raise ArgumentError(
+                f"KVPool.need: cached = {cached} is not a multiple of {PAGE}; a hit ends at a page boundary"
+            )
         chunk = check_range("KVPool.need", "chunk", self.max_in_flight if chunk is None else chunk, 1, 2**30)
         return admission.need(length, cached, chunk, self.max_draft, self.checkpoint_every)
 
@@ -603,8 +586,8 @@ class KVPool:
             length = tokens.size
             match = self._prefix.match(tokens, namespace)
             cached = match.length
-            pinned_full = int(np.count_nonzero(self._full.refs[match.pages] == 0))
-            pinned_window = int(np.count_nonzero(self._window.refs[match.window] == 0))
+            pinned_full = int(np.count_nonzero(self._full.where[match.pages] == CACHED))
+            pinned_window = int(np.count_nonzero(self._window.where[match.window] == CACHED))
         self._refuse_too_long("can_admit", length)
         need = self.need(length, cached, chunk)
         if need.window > self._window.total:
@@ -664,7 +647,7 @@ class KVPool:
 
     def length(self, seq: int) -> int:
         """Tokens of a sequence that have positions; 0 while it is preempted."""
-        if seq in self._seqs.parked:
+        if as_id(seq, "length") in self._seqs.parked:
             return 0
         return int(self._seqs.length[self._one(seq, "length")])
 
@@ -674,67 +657,12 @@ class KVPool:
 
     def rows(self, seqs: Any) -> Ints:
         """int32 [N]: `row` of a batch."""
-        return self._seqs.rows(_ids(seqs, "rows"), "rows").astype(np.int32)
+        return self._seqs.rows(as_ids(seqs, "rows"), "rows").astype(np.int32)
 
     @property
     def step_tokens(self) -> int:
         """Tokens of the step being put together: extended since the last upload."""
         return self._step.count
-
-    def slot_mapping(self, cache: str) -> Any:
-        """int64 [max_tokens], on the device, always at this address: where the step's tokens go in a cache; -1 nowhere.
-
-        Raises:
-            ArgumentError: no cache of the life cycles full and window has that name.
-        """
-        return self._tables.device(f"slots.{self._mapped(cache)}")
-
-    def block_table(self, cache: str) -> Any:
-        """int32 [B, max_blocks], on the device, always at this address; for window caches the ring [B, width], whose
-        column (p // 64) % width has position p. 0, the null page, where a row has nothing."""
-        self._mapped(cache)
-        return self._tables.device(self.layout.cache(cache).life)
-
-    def _mapped(self, cache: str) -> str:
-        if cache not in self._alias:
-            raise ArgumentError(f"KVPool: {cache!r} has no block table; {', '.join(self._alias)} have")
-        return self._alias[cache]
-
-    @property
-    def lengths(self) -> Any:
-        """int32 [B], on the device, always at this address: tokens of each row."""
-        return self._tables.device("lengths")
-
-    @property
-    def state_slots(self) -> Any:
-        """int32 [B], on the device, always at this address: the state slot of each row; 0 without a sequence."""
-        return self._tables.device("state")
-
-    @property
-    def token_rows(self) -> Any:
-        """int32 [max_tokens], on the device, always at this address: the row of each of the step's tokens."""
-        return self._tables.device("token_rows")
-
-    @property
-    def positions(self) -> Any:
-        """int32 [max_tokens], on the device, always at this address: positions of the step's tokens, then -1."""
-        return self._tables.device("positions")
-
-    def view(self, layer: int, cache: str) -> Any:
-        """[pages, page_bytes] uint8: a cache of one layer."""
-        return self.storage.view(layer, cache)
-
-    def parts(self, layer: int, cache: str) -> dict[str, Any]:
-        """Named views of one layer's cache: [pages, entries, ...] a part."""
-        return self.storage.parts(layer, cache)
-
-    def records(self, layer: int, cache: str) -> Any:
-        """[pages, entries, 1, entry_bytes] uint8: the form FlashMLA takes."""
-        return self.storage.records(layer, cache)
-
-    def read_indexer_view(self, layer: int) -> Any:
-        """What the indexer of a layer reads."""
-        return self.storage.read_indexer_view(layer)
 
     def stats(self) -> PoolStats:
         """How full the pool is, and counters since it was made."""
@@ -801,58 +729,8 @@ class KVPool:
         check(self)
 
     def _one(self, seq: int, what: str) -> int:
-        return self._seqs.row(_id(seq, what), what)
+        return self._seqs.row(as_id(seq, what), what)
 
 
 def _never(pages: Ints) -> None:
     raise AssertionError(f"pages {pages} of a life cycle that nobody caches were to be evicted")
-
-
-def _optional(name: str, value: int | None, least: int) -> int | None:
-    return None if value is None else check_range("KVPool", name, value, least, 2**31 - 2)
-
-
-def _bytes(budget: int | float | str | None, device: Device) -> int | None:
-    """A budget as bytes: a number of them, or a share of what is free on the device."""
-    if budget is None:
-        return None
-    if isinstance(budget, str):
-        try:
-            budget = float(budget)
-        except ValueError:
-            raise ArgumentError(f"KVPool: budget = {budget!r} is no number") from None
-    if isinstance(budget, float):
-        if not 0 < budget <= 1:
-            raise ArgumentError(f"KVPool: budget = {budget} is no share of free memory, from above 0 to 1")
-        return int(budget * admission.free_memory(device))
-    return check_range("KVPool", "budget", budget, 1, 2**62)
-
-
-def _id(seq: Any, what: str) -> int:
-    if isinstance(seq, (int, np.integer)) and not isinstance(seq, bool):
-        return int(seq)
-    raise PoolMisuse(f"{what}: a sequence id is an integer, not {type(seq).__name__}")
-
-
-def _ids(seqs: Any, what: str) -> Ints:
-    """An id or a batch of ids as int64 [N]."""
-    if type(seqs) is np.ndarray and seqs.dtype == np.int64 and seqs.ndim == 1:
-        return seqs
-    array = np.asarray(seqs)
-    if array.size == 0 and isinstance(seqs, Sequence):
-        return np.empty(0, np.int64)
-    if array.ndim > 1 or array.dtype.kind not in "iu":
-        raise PoolMisuse(f"{what}: sequence ids are {array.dtype} {array.shape}; integers are wanted")
-    return array.reshape(-1).astype(np.int64)
-
-
-def _counts(counts: Any, n: int, what: str = "extend", name: str = "counts") -> Ints:
-    """One number for all, or one each, as int64 [n]."""
-    array = np.asarray(counts)
-    if array.size == 0 and n == 0:
-        return np.empty(0, np.int64)
-    if array.dtype.kind not in "iu" or array.ndim > 1 or (array.ndim and array.size != n):
-        raise PoolMisuse(f"{what}: {name} are {array.dtype} {array.shape} for {n} sequences; integers, one each")
-    if array.size and (int(array.min()) < -(2**31) or int(array.max()) >= 2**31):
-        raise PoolMisuse(f"{what}: {name} from {array.min()} to {array.max()} are out of range")
-    return np.broadcast_to(array.astype(np.int64), (n,))

@@ -197,7 +197,11 @@ class PrefixCache:
     # Checkpoints.
 
     def checkpoint(self, page: int, window: Ints, state: int, boundary: int) -> bool:
-        """Keep what a sequence needs to start at `boundary`, the end of a registered page. False: no slot to be had."""
+        """Keep what a sequence needs to start at `boundary`, the end of a registered page.
+
+        False where no slot is to be had, or where another checkpoint keeps one of the window pages: a fork that parted
+        within the last 64 tokens before the boundary. The first of the two has it.
+        """
         if not self._slots.available or self._window.keep[window].any():
             self.stats.checkpoints_missed += 1
             return False

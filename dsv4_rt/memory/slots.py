@@ -64,7 +64,9 @@ class StepSlots:
         self._width = tables.window.shape[1]
         self._arrays = [(m, tables.slots[m.name], f"slots.{m.name}", m.ratio.bit_length() - 1) for m in distinct]
         self.max_tokens = max_tokens
-        self._ramp = np.arange(FULL_TOKENS)
+        # By entries a page, as bits: the place within its page of each entry of a long run.
+        bits = {(8 if m.life == "full" else 6) - m.ratio.bit_length() + 1 for m in distinct}
+        self._within = {b: np.arange(max_tokens + FULL_TOKENS) & ((1 << b) - 1) for b in bits}
         self._positions = np.arange(max_tokens, dtype=np.int32)
         self.count = 0  # tokens so far
         self._pattern: dict[str, tuple[int, int, int]] = {}  # mapping -> where and how its last long run has its -1
@@ -109,10 +111,29 @@ class StepSlots:
     def add_one(self, row: int, first: int, n: int) -> None:
         """n tokens from position `first` on of one row."""
         start, stop = self.count, self.count + n
+        if n == 1:
+            self._add_single(start, row, first)
+            return
         self._add_long(start, row, first, n)
         for _, _, name, _ in self._arrays:
             self._tables.mark_range(name, start, stop)
         self._close(start, stop)
+
+    def _add_single(self, at: int, row: int, p: int) -> None:
+        tables = self._tables
+        self._pattern.clear()
+        full = (int(tables.full[row, p >> 8]) << 8) + (p & 255)
+        window = (int(tables.window[row, (p >> 6) % self._width]) << 6) + (p & 63)
+        for m, array, name, shift in self._arrays:
+            last = m.ratio - 1
+            array[at] = (window if m.life == "window" else full) >> shift if p & last == last else -1
+            tables.mark_one(name, at)
+        tables.token_rows[at] = row
+        tables.positions[at] = p
+        tables.mark_one("token_rows", at)
+        tables.mark_one("positions", at)
+        self.count = at + 1
+        self._written = max(self._written, at + 1)
 
     def _add_short(self, rows: Ints, first: Ints, counts: Ints, at: Ints) -> None:
         which, p = spread(first, counts)
@@ -141,33 +162,25 @@ class StepSlots:
                     out = out[(-1 - first) & (m.ratio - 1) :: m.ratio]  # positions that complete an entry
                 self._fill(out, full, 8 - shift, (first >> shift) - (page0 << (8 - shift)))
             else:
-                columns = np.arange(first >> 6, (end + 63) >> 6)
-                columns %= self._width
-                self._fill(out, tables.window[row].take(columns), 6, first & 63)
+                ring = tables.window[row].astype(np.int64)
+                left, count = (first >> 6) % self._width, ((end + 63) >> 6) - (first >> 6)
+                pages = ring[left : left + count]
+                if pages.size < count:
+                    pages = np.concatenate([pages, ring[: count - pages.size]])
+                self._fill(out, pages, 6, first & 63)
         tables.token_rows[at : at + n] = row
         np.add(self._positions[:n], first, out=tables.positions[at : at + n])
 
     def _blank(self, name: str, out: Ints, pattern: tuple[int, int, int]) -> None:
-        """-1 everywhere; skipped where the same pattern of -1 was the last that was written there."""
+        """-1 everywhere; skipped where the last slots written were a run with the same places of -1."""
         if self._pattern.get(name) != pattern:
             out.fill(-1)
             self._pattern[name] = pattern
 
     def _fill(self, out: Ints, pages: Ints, bits: int, skip: int) -> None:
         """out = slots pages[0] * 2^bits + skip, ... one after the other through all the pages."""
-        n, entries = out.size, 1 << bits
-        head = min(-skip & (entries - 1), n)
-        starts = pages << np.int64(bits)
-        if head:
-            np.add(self._ramp[skip : skip + head], starts[0], out=out[:head])
-            starts = starts[1:]
-        body = (n - head) >> bits
-        stop = head + (body << bits)
-        if body:
-            # A view, also of a strided `out`: an axis of constant stride can always be split.
-            np.add(starts[:body, None], self._ramp[:entries], out=out[head:stop].reshape(body, entries))
-        if stop < n:
-            np.add(self._ramp[: n - stop], starts[body], out=out[stop:])
+        stop = skip + out.size
+        np.add(np.repeat(pages << bits, 1 << bits)[skip:stop], self._within[bits][skip:stop], out=out)
 
     def _finish(self, start: int, stop: int, rows: Ints, positions: Ints) -> None:
         self._tables.token_rows[start:stop] = rows
@@ -183,7 +196,6 @@ class StepSlots:
     def withdraw(self, row: int, length: int) -> None:
         """The staged tokens of a row from position `length` on go nowhere: slots and positions -1."""
         tables, n = self._tables, self.count
-        self._pattern.clear()
         gone = np.flatnonzero((tables.token_rows[:n] == row) & (tables.positions[:n] >= length))
         for _, array, name, _ in self._arrays:
             array[gone] = -1
@@ -195,7 +207,6 @@ class StepSlots:
         """Blank what an earlier, longer step has left behind this one's tokens."""
         start, stop = self.count, self._written
         if start < stop:
-            self._pattern.clear()
             tables = self._tables
             for _, array, name, _ in self._arrays:
                 array[start:stop] = -1

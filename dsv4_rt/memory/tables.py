@@ -181,18 +181,21 @@ class Tables:
         self._count = end
 
     def mark_one(self, name: str, index: int) -> None:
-        """`mark` of one element of an int32 table, for a fraction of its cost.
+        """`mark` of one element, for a fraction of its cost.
 
         Raises:
-            ArgumentError: an unknown table, one of int64, or an index outside it; nothing is marked.
+            ArgumentError: an unknown table, or an index outside it; nothing is marked.
         """
         first, width, count = self._where[self._known(name)]
-        if width != 1 or not 0 <= index < count:
-            raise ArgumentError(f"Tables.mark_one: {name!r} has {count} elements of {4 * width} B; {index} given")
-        if self._count == self._singles.size:
-            self._make_room(self._count + 1)
-        self._singles[self._count] = first + index
-        self._count += 1
+        if not 0 <= index < count:
+            raise ArgumentError(f"Tables.mark_one: {name!r} has elements 0 to {count - 1}; {index} given")
+        if self._count + width > self._singles.size:
+            self._make_room(self._count + width)
+        word = first + width * index
+        self._singles[self._count] = word
+        if width == 2:
+            self._singles[self._count + 1] = word + 1
+        self._count += width
 
     def mark_range(self, name: str, start: int, stop: int) -> None:
         """Elements start .. stop - 1 of a flattened mirror have changed.

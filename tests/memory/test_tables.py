@@ -333,3 +333,23 @@ def test_a_captured_graph_reads_what_was_uploaded_last(gpu, rng):
             assert np.array_equal(gpu.numpy(double), 2 * tables.full)
             assert np.array_equal(gpu.numpy(next_slot), tables.slots["csa"] + 1)
     assert_current(gpu, tables)
+
+
+def test_one_element_is_marked_like_many(device, rng):
+    tables = make(device)
+    for name in NAMES:
+        table = mirror(tables, name)
+        at = int(rng.integers(0, table.size))
+        table.reshape(-1)[at] += 7
+        tables.mark_one(name, at)
+    assert tables.marked
+    tables.upload()
+    assert not tables.marked
+    assert_current(device, tables)
+    for _ in range(5000):  # more marks than there is room for at first
+        tables.mark_one("slots.csa", TOKENS - 1)
+    for index in (-1, TOKENS):
+        with pytest.raises(
+            ArgumentError, match=rf"mark_one: 'slots.csa' has elements 0 to {TOKENS - 1}; {index} given"
+        ):
+            tables.mark_one("slots.csa", index)
