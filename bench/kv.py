@@ -15,7 +15,14 @@ from router import captured_by_torch
 
 from dsv4_rt.formats import BF16
 from dsv4_rt.kv import reference
-from dsv4_rt.kv.ops import RECORDS, append_kv, compute_valid_lens, gather_kv
+from dsv4_rt.kv.ops import (
+    INDEX_KEYS,
+    RECORDS,
+    append_index_keys,
+    append_kv,
+    compute_valid_lens,
+    gather_kv,
+)
 
 PAGES, ENTRIES, BLOCKS, K = 32768, 64, 256, 1024
 PAGE_BYTES = {"v4": 37440, "split": 37120}
@@ -154,6 +161,52 @@ def append(bench, record, pages, T):
     return row(bench, f"append_kv {record}", T, timed, nbytes, host, wrong, baselines)
 
 
+def index_keys(bench, record, rotate, T):
+    width = -(-ENTRIES * INDEX_KEYS[record][1] // 576) * 576
+    pages = cupy.zeros((PAGES, width), cupy.uint8)
+    launches = 20
+    sets = []
+    for _ in range(launches if T < 65536 else 8):
+        slots = cupy.random.permutation(PAGES * ENTRIES)[:T].astype(cupy.int64)
+        if T > 1024:
+            slots = (cupy.random.permutation(PAGES)[: T // ENTRIES, None] * ENTRIES + cupy.arange(ENTRIES)).reshape(-1)
+        sets.append((cupy.random.standard_normal((T, 128), dtype=cupy.float32).astype(BF16), slots))
+
+    def launch(i, stream=None):
+        x, slots = sets[i % len(sets)]
+        append_index_keys(x, slots, pages, record=record, rotate=rotate, stream=stream)
+
+    timed = bench.device_time([lambda s, i=i: launch(i, s) for i in range(launches)])
+    x, slots = sets[0]
+    pages.fill(0)
+    launch(0)
+    used = np.unique(slots[:256].get() // ENTRIES)
+    mine = np.isin(slots.get() // ENTRIES, used)
+    found = pages[cupy.asarray(used)].get()
+    moved = np.searchsorted(used, slots.get()[mine] // ENTRIES) * ENTRIES + slots.get()[mine] % ENTRIES
+    wrong = int(
+        (reference.append_index_keys(x.get()[mine], moved, np.zeros_like(found), record, rotate) != found).sum()
+    )
+    host = bench.host_time(lambda: launch(0), calls=100)
+    baselines = {}
+    try:
+        import kv_baselines
+    except ImportError:
+        pass
+    else:
+        cache = kv_baselines.key_parts(*torch_of(pages), record)
+        given = [torch_of(*each) for each in sets]
+        matrix = kv_baselines.hadamard().cuda() if rotate else None
+        baselines = by_torch_and_triton(
+            bench,
+            launches,
+            lambda i: kv_baselines.torch_index_keys(*given[i % len(given)], cache, record, matrix),
+            [],
+        )
+    name = f"append_index_keys {record}" + (", rotated" if rotate else "")
+    return row(bench, name, T, timed, T * (8 + 256 + INDEX_KEYS[record][1]), host, wrong, baselines)
+
+
 def valid_lens(bench, T):
     launches = 20
     sets = []
@@ -208,6 +261,9 @@ def measure(bench):
         rows += [append(bench, record, pages, T) for T in (1, 64, 1024, 65536)]
         del pages
         cupy.get_default_memory_pool().free_all_blocks()
+    rows += [
+        index_keys(bench, record, rotate, T) for record in INDEX_KEYS for rotate in (False, True) for T in (64, 65536)
+    ]
     rows += [valid_lens(bench, T) for T in (1, 8192)]
     return [{"bench": "kv", **each} for each in rows]
 
@@ -217,12 +273,12 @@ def ratio(row, name):
 
 
 def show(rows):
-    print(f"{'':28}{'T':>7}{'us':>9}{'p10 .. p90':>20}{'floor':>9}{'MB':>10}{'GB/s':>7}{'of roof':>9}", end="")
+    print(f"{'':34}{'T':>7}{'us':>9}{'p10 .. p90':>20}{'floor':>9}{'MB':>10}{'GB/s':>7}{'of roof':>9}", end="")
     print(f"{'vs torch':>10}{'vs Triton':>11}{'host us':>9}{'error':>7}")
     for row in rows:
         share = f"{100 * row['of_roof']:.0f} %" if row["of_roof"] > 0.2 else "latency"
         print(
-            f"{row['case']:28}{row['T']:7}{row['us']:9.2f}{row['p10']:10.2f} ..{row['p90']:7.2f}{row['floor_us']:9.2f}"
+            f"{row['case']:34}{row['T']:7}{row['us']:9.2f}{row['p10']:10.2f} ..{row['p90']:7.2f}{row['floor_us']:9.2f}"
             f"{row['bytes'] / 1e6:10.3f}{row['bytes'] / row['us'] * 1e-3:7.0f}{share:>9}{ratio(row, 'torch_us'):>10}"
             f"{ratio(row, 'triton_us'):>11}{row['host_us']:9.2f}{row['error']:7}"
         )

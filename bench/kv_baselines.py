@@ -102,6 +102,51 @@ def torch_gather(topk, table, cache, record):
     return torch.cat([values.bfloat16(), rope[page, e]], -1)
 
 
+def hadamard():
+    """The 128 x 128 matrix of +-128^-1/2 in natural order."""
+    one = torch.ones(1, 1)
+    for _ in range(7):
+        one = torch.cat([torch.cat([one, one], 1), torch.cat([one, -one], 1)])
+    return one * 128**-0.5
+
+
+def torch_index_keys(x, slots, cache, record, matrix):
+    """append_index_keys for slots that are all there; `matrix` None: as they are. FP4 ties are not looked after."""
+    data, scales = cache
+    page, e = slots // 64, slots % 64
+    values = (x.float() @ matrix).bfloat16().float() if matrix is not None else x.float()
+    group = {"nvfp4": 16, "mxfp4": 32, "fp8": 128}[record]
+    blocks = values.view(-1, 128 // group, group)
+    amax = blocks.abs().amax(-1)
+    if record == "nvfp4":
+        kept = (amax / 6).to(torch.float8_e4m3fn)
+        scale = kept.float()
+    elif record == "mxfp4":
+        exponent = torch.ceil(torch.log2(amax.clamp(min=2.0**-123) / 6))
+        kept, scale = (exponent + 127).to(torch.uint8), torch.exp2(exponent)
+    else:
+        scale = torch.exp2(torch.ceil(torch.log2(amax.clamp(min=1e-4) / 448)))
+        kept = scale
+    scales[page, e] = kept.view(torch.uint8) if record == "nvfp4" else kept
+    quotients = (blocks / scale[..., None]).flatten(1)
+    if record == "fp8":
+        data[page, e] = quotients.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+        return
+    edges = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=x.device)
+    code = torch.bucketize(quotients.abs(), edges) | (quotients < 0).long() << 3
+    data[page, e] = (code[:, 0::2] | code[:, 1::2] << 4).to(torch.uint8)
+
+
+def key_parts(pages, record):
+    """data and scales of index keys: views of the pages' bytes."""
+    P, stride = len(pages), pages.stride(0)
+    if record == "fp8":
+        scales = pages.view(torch.float32).as_strided((P, 64, 1), (stride // 4, 1, 1), 64 * 128 // 4)
+        return pages.as_strided((P, 64, 128), (stride, 128, 1)), scales
+    width = 8 if record == "nvfp4" else 4
+    return pages.as_strided((P, 64, 64), (stride, 64, 1)), pages.as_strided((P, 64, width), (stride, width, 1), 64 * 64)
+
+
 def torch_append(x, slots, cache, record):
     """append_kv for slots that are all there."""
     data, rope, scales = cache

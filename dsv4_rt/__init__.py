@@ -17,6 +17,15 @@ from dsv4_rt.errors import (
     LaunchError,
     UnsupportedInstruction,
 )
+from dsv4_rt.kv.ops import append_index_keys, append_kv, compute_valid_lens, gather_kv, gather_kv_slots
+from dsv4_rt.linear.ops import (
+    dequantize_mxfp4,
+    dequantize_nvfp4,
+    quantize_mxfp4,
+    quantize_nvfp4,
+    quantize_nvfp4_given,
+    quantize_nvfp4_tensor,
+)
 from dsv4_rt.models import FLASH, PRO
 from dsv4_rt.router.ops import activation_topk, hash_router, topk_select
 
@@ -36,9 +45,20 @@ __all__ = [
     "LaunchError",
     "UnsupportedInstruction",
     "activation_topk",
+    "append_index_keys",
+    "append_kv",
+    "compute_valid_lens",
+    "dequantize_mxfp4",
+    "dequantize_nvfp4",
     "device",
+    "gather_kv",
+    "gather_kv_slots",
     "hash_router",
     "open_device",
+    "quantize_mxfp4",
+    "quantize_nvfp4",
+    "quantize_nvfp4_given",
+    "quantize_nvfp4_tensor",
     "topk_select",
     "use_device",
 ]

@@ -175,9 +175,12 @@ def _show_demo(report: demo.Report, console: Console) -> None:
 def _demo_facts(report: demo.Report) -> Iterator[tuple[str, str]]:
     part = f"the first {report.tokens} tokens" if report.truncated else f"all {report.tokens} tokens"
     more = "; --max-tokens N routes more" if report.truncated else ""
-    yield "model", (
-        f"DeepSeek-V4-{report.model.capitalize()}: {report.experts} experts, {report.top_k} a token, "
-        f"scaling factor {report.routed_scaling_factor}"
+    yield (
+        "model",
+        (
+            f"DeepSeek-V4-{report.model.capitalize()}: {report.experts} experts, {report.top_k} a token, "
+            f"scaling factor {report.routed_scaling_factor}"
+        ),
     )
     yield "text", f"{report.text}: {part}, {report.distinct_tokens} of them distinct{more}"
     how = "its PTX executed on the CPU" if report.device_kind == "emulator" else f"code for {report.arch}"

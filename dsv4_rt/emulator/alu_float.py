@@ -33,6 +33,7 @@ _ONE64 = U64(1)
 
 # ---- to and from floats ---------------------------------------------------------------------------------------------
 
+
 def canonical(r: Array) -> Array:
     """Bits of a float32 or float64 array with NaN made canonical."""
     bits: Array = r.view(U32 if r.dtype == F32 else U64)
@@ -182,6 +183,7 @@ def finish(ty: str, bits: Array, ftz: bool, sat: bool, relu: bool = False) -> Ar
 
 # ---- add, subtract, multiply, fused multiply-add --------------------------------------------------------------------
 
+
 def add(ty: str, a: Array, b: Array, *, rnd: str = "rn", ftz: bool = False, sat: bool = False) -> Array:
     """a + b, rounded once."""
     if ftz:
@@ -288,6 +290,7 @@ def _fma_f32(a: Array, b: Array, c: Array) -> Array:
 
 # ---- divide, reciprocal, square root --------------------------------------------------------------------------------
 
+
 def div(ty: str, a: Array, b: Array, *, rnd: str = "rn", ftz: bool = False) -> Array:
     """a / b, rounded once."""
     if ftz:
@@ -324,6 +327,7 @@ def sqrt(ty: str, a: Array, *, rnd: str = "rn", ftz: bool = False) -> Array:
 
 
 # ---- sign -----------------------------------------------------------------------------------------------------------
+
 
 def neg(ty: str, a: Array, *, ftz: bool = False) -> Array:
     """-a. A NaN becomes the canonical one; f64 keeps its sign and payload (the ISA promises nothing)."""

@@ -30,9 +30,7 @@ INT_TYPES: dict[str, tuple[int, bool]] = {
     f"{kind}{bits}": (bits, kind == "s") for kind in "bus" for bits in (8, 16, 32, 64)
 }
 # The NumPy dtype in which the values of a type compare and divide as PTX wants.
-VALUE: dict[str, Any] = {
-    ty: (_SIGNED if signed else _UNSIGNED)[bits] for ty, (bits, signed) in INT_TYPES.items()
-}
+VALUE: dict[str, Any] = {ty: (_SIGNED if signed else _UNSIGNED)[bits] for ty, (bits, signed) in INT_TYPES.items()}
 BITS: dict[str, Any] = {ty: _UNSIGNED[bits] for ty, (bits, _) in INT_TYPES.items()}
 
 
@@ -62,6 +60,7 @@ def unpairs(a: Array, dtype: Any) -> Array:
 
 
 # ---- add, subtract, carry chains ------------------------------------------------------------------------------------
+
 
 def int_add(ty: str, a: Array, b: Array, *, sat: bool = False) -> Array:
     """a + b, wrapping; sat (add.sat.s32) clamps to the signed range. u16x2 and s16x2 add halves."""
@@ -122,6 +121,7 @@ def sad(ty: str, a: Array, b: Array, c: Array) -> Array:
 
 
 # ---- multiply -------------------------------------------------------------------------------------------------------
+
 
 def int_mul_lo(ty: str, a: Array, b: Array) -> Array:
     """Low half of a * b."""
@@ -204,6 +204,7 @@ def int_mad24_hi(ty: str, a: Array, b: Array, c: Array, *, sat: bool = False) ->
 
 # ---- divide, minimum, maximum ---------------------------------------------------------------------------------------
 
+
 def _magnitude(a: Array, value: Any) -> Array:
     return np.abs(a.view(value)).view(a.dtype)
 
@@ -256,6 +257,7 @@ def _select(pick: Callable[..., Array], ty: str, a: Array, b: Array, relu: bool)
 
 
 # ---- shifts ---------------------------------------------------------------------------------------------------------
+
 
 def shl(ty: str, a: Array, n: Array) -> Array:
     """a << n, 0 from the width on. n is uint32."""
@@ -338,6 +340,7 @@ def cnot(ty: str, a: Array) -> Array:
 
 # ---- bit fields -----------------------------------------------------------------------------------------------------
 
+
 def _field(bits: int, pos: Array, length: Array) -> tuple[Array, Array]:
     """The PTX ISA lets only the low 8 bits count. The 64-bit forms are made of shifts that see all 32 (an H200)."""
     if bits == 32:
@@ -392,6 +395,7 @@ def szext(ty: str, a: Array, b: Array, *, wrap: bool = False) -> Array:
 
 
 # ---- counting and permuting -----------------------------------------------------------------------------------------
+
 
 def _bit_length(a: Array) -> Array:
     """Position of the highest one plus 1, 0 for 0, as uint32: the exponent of the value as a float64."""
@@ -503,6 +507,7 @@ def _prmt_constant(a: Array, b: Array, selector: int) -> Array:
 
 
 # ---- dot products ---------------------------------------------------------------------------------------------------
+
 
 def dp4a(aty: str, bty: str, a: Array, b: Array, c: Array) -> Array:
     """c + the dot product of four bytes of a and b, each signed ("s32") or not ("u32"); the sum wraps."""

@@ -132,9 +132,7 @@ _FOLD: dict[str, np.ufunc] = {
 }  # fmt: skip
 
 
-def redux(
-    nlanes: int, lanes: Array, value: Array, mask: Array, op: str, ty: str, absolute: bool, nan: bool
-) -> Array:
+def redux(nlanes: int, lanes: Array, value: Array, mask: Array, op: str, ty: str, absolute: bool, nan: bool) -> Array:
     """redux.sync over the lanes of a warp that share a mask."""
     must_name((lanes & 31).astype(U32), mask)
     if ty == "f32":

@@ -77,6 +77,7 @@ def _int_to_int(dst: str, src: str, a: Array, sat: bool) -> Array:
 
 # ---- integers and floats --------------------------------------------------------------------------------------------
 
+
 def _int_to_float(dst: str, src: str, a: Array, rnd: str) -> Array:
     value = a.view(VALUE[src])
     if rnd == "rn" and dst in ("f32", "f64"):
@@ -119,6 +120,7 @@ def float_to_int(dst: str, src: str, a: Array, rnd: str) -> Array:
 
 
 # ---- floats and floats ----------------------------------------------------------------------------------------------
+
 
 def _round(dst: str, v: Array, rnd: str) -> Array:
     if dst == "f32":

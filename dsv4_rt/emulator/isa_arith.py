@@ -389,5 +389,3 @@ def _pack(e: Emitter, d: Operand, a: Vector, bits: int, ty: str) -> None:
     shifted = [f"({{}}.astype(U{bits}) << U{bits}({i * part}))" for i in range(1, len(names))]
     form = " | ".join([f"{{}}.astype(U{bits})", *shifted])
     result(e, d, ty, form, *names)
-
-

@@ -350,5 +350,3 @@ def _end(e: Emitter, ins: Instr, m: Mods) -> None:
     m.flag("uni")
     if ins.op == "brx" and not m.flag("idx"):
         raise m.refuse()
-
-

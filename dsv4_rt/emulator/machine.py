@@ -170,9 +170,7 @@ def _build(module: Module, name: str) -> Program:
         layout, slots = _slots(function, mine, addresses)
         layouts[function.name], registers[function.name] = layout, slots
         blocks.extend(mine)
-    program = Program(
-        ptx, ptx.functions[name], blocks, first, layouts, registers, shared[1], STACK if calls else 0
-    )
+    program = Program(ptx, ptx.functions[name], blocks, first, layouts, registers, shared[1], STACK if calls else 0)
     program.namespace["watch_global"] = isinstance(module.memory, WatchedMemory)
     _verify(program, module.roots)
     return program
@@ -246,9 +244,7 @@ def _slots(function: Function, blocks: list[Block], addresses: dict[int, int]) -
     unset = maybe_unset(blocks)
     read = {reg for block in blocks for ins in block.instrs for reg in sources(ins)}
     read |= {block.reg for block in blocks if block.reg is not None}
-    layout = Layout(
-        addresses=addresses, unset=set(members(function, unset)), unread=set(function.regs) - read
-    )
+    layout = Layout(addresses=addresses, unset=set(members(function, unset)), unread=set(function.regs) - read)
     slots: list[tuple[int, int]] = []
     for reg in members(function, crossing):
         layout.slots[reg] = len(slots)
@@ -416,5 +412,3 @@ def _three(size: Sequence[int] | int) -> tuple[int, int, int]:
         raise LaunchError(f"a grid or block has one to three sizes, not {len(sizes)}")
     x, y, z = (*sizes, 1, 1)[:3]
     return x, y, z
-
-

@@ -24,12 +24,12 @@ class Format:
     """A binary floating-point format whose bits lie in the low end of an unsigned integer."""
 
     name: str
-    uint: Any          # NumPy dtype of the bits
-    bits: int          # sign, exponent and mantissa together
-    mantissa: int      # explicit mantissa bits
+    uint: Any  # NumPy dtype of the bits
+    bits: int  # sign, exponent and mantissa together
+    mantissa: int  # explicit mantissa bits
     bias: int
-    largest: int       # bits of the largest finite value
-    nan: int           # what PTX writes for NaN; formats without NaN write their largest value
+    largest: int  # bits of the largest finite value
+    nan: int  # what PTX writes for NaN; formats without NaN write their largest value
     has_inf: bool
 
     @property

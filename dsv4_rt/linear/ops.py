@@ -61,7 +61,7 @@ def quantize_nvfp4(
 
     Traffic: reads x once, writes 9/16 B a value.
     """
-    return _QUANTIZE_NVFP4((x,), out, (scale_layout, pdl), stream)  # type: ignore[return-value]
+    return _QUANTIZE_NVFP4((x,), out, (scale_layout, pdl), stream)
 
 
 def quantize_nvfp4_tensor(
@@ -95,7 +95,7 @@ def quantize_nvfp4_tensor(
     Traffic: reads x twice, writes 9/16 B a value.
     """
     (partial,) = _TENSOR_AMAX((x,), None if workspace is None else (workspace,), (pdl,), stream)
-    return _QUANTIZE_NVFP4_TENSOR((x, partial), out, (scale_layout, pdl), stream)  # type: ignore[return-value]
+    return _QUANTIZE_NVFP4_TENSOR((x, partial), out, (scale_layout, pdl), stream)
 
 
 def quantize_nvfp4_given(
@@ -132,7 +132,7 @@ def quantize_nvfp4_given(
 
     Traffic: reads x once, writes 9/16 B a value.
     """
-    return _QUANTIZE_NVFP4_GIVEN((x, g, saturated), out, (scale_layout, pdl), stream)  # type: ignore[return-value]
+    return _QUANTIZE_NVFP4_GIVEN((x, g, saturated), out, (scale_layout, pdl), stream)
 
 
 def dequantize_nvfp4(
@@ -206,7 +206,7 @@ def quantize_mxfp4(
 
     Traffic: reads x once, writes 17/32 B a value.
     """
-    return _QUANTIZE_MXFP4((x,), out, (scale_layout, pdl), stream)  # type: ignore[return-value]
+    return _QUANTIZE_MXFP4((x,), out, (scale_layout, pdl), stream)
 
 
 def dequantize_mxfp4(
