@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from linear_baselines import torch_codes
 
 
 @triton.jit
@@ -132,9 +133,7 @@ def torch_index_keys(x, slots, cache, record, matrix):
     if record == "fp8":
         data[page, e] = quotients.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
         return
-    edges = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=x.device)
-    code = torch.bucketize(quotients.abs(), edges) | (quotients < 0).long() << 3
-    data[page, e] = (code[:, 0::2] | code[:, 1::2] << 4).to(torch.uint8)
+    data[page, e] = torch_codes(quotients)
 
 
 def key_parts(pages, record):
