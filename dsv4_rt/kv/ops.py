@@ -1,4 +1,4 @@
-"""Launchers of the kv kernels: docstring, checks, tuning, launch. The kernels are in kernels/kv/.
+"""Launchers of the kv kernels: docstring, checks, tuning, launch; nearly half of it is docstrings.
 
 A cache is given as `pages`, uint8 [P, page bytes]: what `KVPool.view(layer, cache)` returns. Its record ("v4" or
 "split") and entries a page say what the bytes mean (dsv4_rt/memory/layout.py). Page 0 is the null page, zeroed.

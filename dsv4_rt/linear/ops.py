@@ -1,4 +1,4 @@
-"""Launchers of the linear kernels: docstring, checks, tuning, launch. The kernels are in kernels/linear/.
+"""Launchers of the linear kernels: docstring, checks, tuning, launch; nearly half of it is docstrings.
 
 FP4 as dsv4_rt/formats.py defines it: e2m1 codes two a byte, the even element in the low nibble; block scales row-major
 ("rows", [M, K/16] or [M, K/32]) or in the 128x4 interleaved layout that tcgen05 reads ("128x4", one axis of
