@@ -17,6 +17,15 @@ from dsv4_rt.errors import (
     LaunchError,
     UnsupportedInstruction,
 )
+from dsv4_rt.kv.ops import append_index_keys, append_kv, compute_valid_lens, gather_kv, gather_kv_slots
+from dsv4_rt.linear.ops import (
+    dequantize_mxfp4,
+    dequantize_nvfp4,
+    quantize_mxfp4,
+    quantize_nvfp4,
+    quantize_nvfp4_given,
+    quantize_nvfp4_tensor,
+)
 from dsv4_rt.models import FLASH, PRO
 from dsv4_rt.router.dense import dense_router_decode, dense_router_prefill
 from dsv4_rt.router.hash_gate import hash_gate, hash_gate_from_logits
@@ -42,13 +51,24 @@ __all__ = [
     "Router",
     "UnsupportedInstruction",
     "activation_topk",
+    "append_index_keys",
+    "append_kv",
+    "compute_valid_lens",
     "dense_router_decode",
     "dense_router_prefill",
+    "dequantize_mxfp4",
+    "dequantize_nvfp4",
     "device",
+    "gather_kv",
+    "gather_kv_slots",
     "hash_gate",
     "hash_gate_from_logits",
     "hash_router",
     "open_device",
+    "quantize_mxfp4",
+    "quantize_nvfp4",
+    "quantize_nvfp4_given",
+    "quantize_nvfp4_tensor",
     "topk_select",
     "use_device",
 ]

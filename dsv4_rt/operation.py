@@ -25,7 +25,7 @@ MAX_PLANS = 8192
 
 
 # Modules of dsv4_rt that have launchers and a table INSTANCES.
-OPS = ("router.ops", "router.dense", "router.hash_gate", "memory.ops")
+OPS = ("router.ops", "router.dense", "router.hash_gate", "memory.ops", "kv.ops", "linear.ops")
 
 
 @dataclass(frozen=True)

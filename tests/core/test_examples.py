@@ -32,3 +32,7 @@ def test_route_in_torch(torch):
 
 def test_chat_memory():
     assert "1024 of 1490 tokens found, 466 computed" in run("chat_memory.py")
+
+
+def test_kv_roundtrip():
+    assert run("kv_roundtrip.py").count(": 76 entries as ") in (2, 4)  # two sequences, without torch and with it
