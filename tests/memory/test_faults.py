@@ -5,6 +5,7 @@ import pytest
 from pools import fingerprint, mapping, prefill, small_pool, table, tokens
 
 from dsv4_rt.errors import (
+    ArgumentError,
     Dsv4Error,
     LaunchError,
     PoolError,
@@ -101,6 +102,14 @@ def test_bad_arguments(emulator, rng):
         (lambda: pool.end_step(1), PoolMisuse, "step 1 is not in flight"),
         (lambda: pool.can_admit(5000), TooLong, "5000 tokens"),
         (lambda: pool.can_admit([-1]), PoolMisuse, "from 0 to"),
+        (lambda: pool.can_admit([1], "space"), PoolMisuse, "can_admit: namespace is str; bytes are wanted"),
+        (lambda: pool.can_admit(-1), ArgumentError, "length = -1"),
+        (lambda: pool.digests([1], None), PoolMisuse, "digests: namespace is NoneType; bytes are wanted"),
+        (lambda: pool.create([[1], [2, 3]]), PoolMisuse, "create: tokens are list, of which NumPy says: "),
+        (lambda: pool.append(a, [[1], [2, 3]]), PoolMisuse, "append: tokens are list, of which NumPy says: "),
+        (lambda: pool.extend([[a], [a, b]]), PoolMisuse, "extend: sequence ids are list, of which NumPy says: "),
+        (lambda: pool.extend([a, b], [[1], [2, 3]]), PoolMisuse, "extend: counts are list, of which NumPy says: "),
+        (lambda: pool.truncate(a, [[1], [2, 3]]), PoolMisuse, "truncate: lengths are list, of which NumPy says: "),
         (lambda: pool.can_resume(a), PoolMisuse, "is not preempted"),
         (lambda: pool.snapshot(), PoolMisuse, "upload first"),
         (lambda: pool.need(-1), Dsv4Error, "length = -1"),
