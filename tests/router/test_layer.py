@@ -230,6 +230,29 @@ def test_a_checkpoint_that_is_not_there(emulator, rng, tmp_path):
         router.load_checkpoint(twice, 3)
 
 
+def test_a_checkpoint_that_cannot_be_read(emulator, rng, tmp_path):
+    """A part that was not downloaded, a file cut off, an index that is none: the file is named."""
+    from safetensors.numpy import save_file
+
+    router, index = Router(K, E), tmp_path / "model.safetensors.index.json"
+    tensors = checkpoint(rng, "")
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "part.safetensors")}))
+    with pytest.raises(ArgumentError, match=r"part.safetensors' cannot be read: .*No such file"):
+        router.load_checkpoint(tmp_path, 3)
+    save_file(tensors, tmp_path / "part.safetensors")
+    router.load_checkpoint(tmp_path, 3)
+    whole = (tmp_path / "part.safetensors").read_bytes()
+    (tmp_path / "part.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ArgumentError, match=r"part.safetensors' cannot be read"):
+        router.load_checkpoint(tmp_path, 3)
+    with pytest.raises(ArgumentError, match=r"part.safetensors' cannot be read"):
+        router.load_checkpoint(tmp_path / "part.safetensors", 3)
+    for text in ("{", "[]", "{}"):
+        index.write_text(text)
+        with pytest.raises(ArgumentError, match=r"index.json' cannot be read"):
+            router.load_checkpoint(tmp_path, 3)
+
+
 # -------------------------------------------------------------------------------------------------------- refusals
 
 
