@@ -121,7 +121,7 @@ class Sequences:
         else:
             handle = len(self._last_id)
             if handle > _MASK:
-                raise PoolExhausted(f"{what}: {handle} sequences are alive or preempted; free some")
+                raise PoolExhausted(f"{what}: {handle - 1} sequences are alive or preempted; free some")
             if handle == self._handle_id.size:
                 self._handle_id = np.concatenate([self._handle_id, np.zeros_like(self._handle_id)])
                 self._handle_row = np.concatenate([self._handle_row, np.zeros_like(self._handle_row)])

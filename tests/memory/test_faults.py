@@ -14,6 +14,7 @@ from dsv4_rt.errors import (
     TooLong,
     UnknownSequence,
 )
+from dsv4_rt.memory import sequences
 
 
 def busy_pool(rng, **changes):
@@ -120,6 +121,24 @@ def test_bad_arguments(emulator, rng):
             call()
         assert fingerprint(pool) == before, message
     pool.check()
+
+
+def test_no_more_ids(emulator, rng, monkeypatch):
+    """The last refusal of create and fork; pages that the prefix cache has not seen yet stay unseen."""
+    monkeypatch.setattr(sequences, "_MASK", 3)
+    pool = small_pool()
+    a, b, _ = (pool.create() for _ in range(3))
+    pool.append(a, tokens(rng, 300))
+    prefill(pool, a, 300)
+    before = fingerprint(pool)
+    for call in (pool.create, lambda: pool.fork(a)):
+        with pytest.raises(PoolExhausted, match="3 sequences are alive or preempted; free some"):
+            call()
+        assert fingerprint(pool) == before
+    pool.free(b)
+    pool.fork(a)
+    pool.check()
+    assert fingerprint(pool) != before
 
 
 def test_a_step_longer_than_the_tables(emulator):
