@@ -127,6 +127,8 @@ class KVPool(Views):
             ArgumentError: a size out of range, rings in the layout that do not fit max_draft, too small a budget.
         """
         what = "KVPool"
+        if not isinstance(layout, KVLayout):
+            raise ArgumentError(f"{what}: layout is {type(layout).__name__}; give a KVLayout (KVLayout.for_model)")
         if budget is not None and pages is not None:
             raise ArgumentError(f"{what}: budget = {budget} and pages = {pages} both say how large it is; give one")
         self.layout = layout
@@ -138,8 +140,8 @@ class KVPool(Views):
         self.checkpoint_every = check_range(what, "checkpoint_every", checkpoint_every, PAGE, 2**30)
         if self.checkpoint_every % PAGE:
             raise ArgumentError(f"{what}: checkpoint_every = {checkpoint_every} is not a multiple of {PAGE}")
-        if not 0 <= watermark < 1:
-            raise ArgumentError(f"{what}: watermark = {watermark} is not a share from 0 to below 1")
+        if not isinstance(watermark, (int, float)) or not 0 <= watermark < 1:
+            raise ArgumentError(f"{what}: watermark = {watermark!r} is not a share from 0 to below 1")
         self.watermark = float(watermark)
         self.steps_in_flight = check_range(what, "steps_in_flight", steps_in_flight, 1, 64)
         tokens = max_tokens if max_tokens is not None else max_in_flight + max_sequences * (1 + max_draft)
@@ -517,7 +519,7 @@ class KVPool(Views):
         Raises:
             PoolMisuse: no such step is in flight.
         """
-        if epoch not in self._open:
+        if isinstance(epoch, bool) or not isinstance(epoch, (int, np.integer)) or epoch not in self._open:
             raise PoolMisuse(f"end_step: step {epoch} is not in flight; in flight are {self._open}")
         self._open.remove(epoch)
         self._copies.fence = self._open[-1] if self._open else 0
@@ -594,7 +596,7 @@ class KVPool(Views):
         """
         namespace = as_namespace(namespace, "can_admit")
         pinned_full = pinned_window = cached = 0
-        if isinstance(prompt, (int, np.integer)):
+        if isinstance(prompt, (int, np.integer)) and not isinstance(prompt, bool):
             length = int(prompt)
         else:
             tokens = as_tokens(prompt, "can_admit")

@@ -71,6 +71,7 @@ def test_double_free_is_named(emulator):
 
 def test_bad_arguments(emulator, rng):
     pool, a, b, parked, _ = busy_pool(rng)
+    assert pool.begin_step() == 1
     wrong = [
         (lambda: pool.extend(a, -1), PoolMisuse, "counts must not be negative; -1 given"),
         (lambda: pool.extend([a, b], [1, -5]), PoolMisuse, "counts must not be negative; -5 given"),
@@ -100,7 +101,10 @@ def test_bad_arguments(emulator, rng):
         (lambda: pool.truncate(a, 2.0), PoolMisuse, "lengths are float64"),
         (lambda: pool.truncate([a, a], [593, 593]), PoolMisuse, "occurs twice"),
         (lambda: pool.fork(a), PoolMisuse, "tokens that are not uploaded"),
-        (lambda: pool.end_step(1), PoolMisuse, "step 1 is not in flight"),
+        (lambda: pool.end_step(2), PoolMisuse, "step 2 is not in flight; in flight are \\[1\\]"),
+        (lambda: pool.end_step(True), PoolMisuse, "step True is not in flight"),
+        (lambda: pool.end_step(np.array([1, 2])), PoolMisuse, "is not in flight"),
+        (lambda: pool.can_admit(True), PoolMisuse, "tokens are bool"),
         (lambda: pool.can_admit(5000), TooLong, "5000 tokens"),
         (lambda: pool.can_admit([-1]), PoolMisuse, "from 0 to"),
         (lambda: pool.can_admit([1], "space"), PoolMisuse, "can_admit: namespace is str; bytes are wanted"),
@@ -112,7 +116,7 @@ def test_bad_arguments(emulator, rng):
         (lambda: pool.extend([a, b], [[1], [2, 3]]), PoolMisuse, "extend: counts are list, of which NumPy says: "),
         (lambda: pool.truncate(a, [[1], [2, 3]]), PoolMisuse, "truncate: lengths are list, of which NumPy says: "),
         (lambda: pool.can_resume(a), PoolMisuse, "is not preempted"),
-        (lambda: pool.snapshot(), PoolMisuse, "upload first"),
+        (lambda: pool.snapshot(), PoolMisuse, "steps \\[1\\] are in flight"),
         (lambda: pool.need(-1), Dsv4Error, "length = -1"),
     ]
     before = fingerprint(pool)
