@@ -281,6 +281,8 @@ def test_loading_says_what_is_wrong(emulator, rng):
     uniform = Router(K, E, mode="hash", hash_weights="uniform", vocab_size=V)
     outside = table.copy()
     outside[3, 1] = E
+    infinite = w.astype(np.float32)
+    infinite[7, 3] = -np.inf
     for router, match, given in (
         (plain, "e_bias is missing; dense routing takes W_gate and e_bias", (w,)),
         (plain, "hash_lut has no place here; dense routing takes W_gate and e_bias", (w, b, table)),
@@ -289,6 +291,7 @@ def test_loading_says_what_is_wrong(emulator, rng):
         (uniform, "W_gate has no place here; hash routing with uniform weights takes hash_lut", (w, None, table)),
         (plain, r"W_gate does not fit(.|\n)*axis 0 \(96\) must be 96", (w[:-1], b)),
         (plain, r"W_gate does not fit(.|\n)*dtype must be bfloat16 or float32", (w.astype(np.float16), b)),
+        (plain, r"W_gate of expert 7 is not finite", (infinite, b)),
         (plain, r"e_bias does not fit(.|\n)*dtype must be float32", (w, b.astype(np.float64))),
         (gated, r"hash_lut does not fit(.|\n)*axis 1 \(6\) must be 6", (w, None, table[:, :5])),
         (gated, r"hash_lut has experts from 0 to 96; they must be in 0 .. 95", (w, None, outside)),
