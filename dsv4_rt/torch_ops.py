@@ -14,7 +14,7 @@ CPU tensors on the emulator. There is no gradient.
 from __future__ import annotations
 
 import contextlib
-import threading
+import itertools
 from typing import Any
 
 import torch
@@ -26,19 +26,18 @@ from dsv4_rt.router.layer import Router
 
 _DEVICES = ("cpu", "cuda")
 _routers: dict[int, Router] = {}
-_lock = threading.Lock()
+_keys = itertools.count()  # never the same twice: a compiled function must not meet another router under its number
 
 
 def register(router: Router) -> int:
     """A number that stands for a router in `dense_route` and `hash_route`; it is kept alive until `unregister`."""
-    with _lock:
-        key = max(_routers, default=-1) + 1
-        _routers[key] = router
+    key = next(_keys)
+    _routers[key] = router
     return key
 
 
 def unregister(key: int) -> None:
-    """Forget a router. Graphs and compiled functions that use it must be gone."""
+    """Forget a router; its number is not given again. Graphs that use it must be gone. ArgumentError: there is none."""
     _router(key)
     del _routers[key]
 

@@ -34,11 +34,6 @@ def window_width(max_in_flight: int) -> int:
     return -(-(WINDOW + max_in_flight) // WINDOW_TOKENS) + 1
 
 
-def first_window_position(settled: int, high: int, end: int, max_draft: int) -> int:
-    """The earliest position that a step from `settled` to `end` tokens, or a truncation after it, can need."""
-    return max(0, min(settled, max(high, end) - max_draft) - (WINDOW - 1))
-
-
 def need(length: int, cached: int, chunk: int, max_draft: int, checkpoint_every: int) -> Need:
     """The most pages that a sequence holds newly at any moment while it grows from `cached` to `length` tokens.
 

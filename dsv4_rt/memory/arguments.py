@@ -34,6 +34,20 @@ def budget_bytes(budget: int | float | str | None, device: Device) -> int | None
     return check_range("KVPool", "budget", budget, 1, 2**62)
 
 
+def as_namespace(namespace: Any, what: str) -> bytes:
+    if isinstance(namespace, bytes):
+        return namespace
+    raise PoolMisuse(f"{what}: namespace is {type(namespace).__name__}; bytes are wanted")
+
+
+def as_array(x: Any, what: str, name: str) -> Ints:
+    """What NumPy makes of an argument, or PoolMisuse where it can make nothing of it."""
+    try:
+        return np.asarray(x)
+    except (TypeError, ValueError, OverflowError) as error:  # lists of unequal lengths, arrays of a GPU
+        raise PoolMisuse(f"{what}: {name} are {type(x).__name__}, of which NumPy says: {error}") from None
+
+
 def as_id(seq: Any, what: str) -> int:
     if isinstance(seq, (int, np.integer)) and not isinstance(seq, bool):
         return int(seq)
@@ -44,7 +58,7 @@ def as_ids(seqs: Any, what: str) -> Ints:
     """An id or a batch of ids as int64 [N]."""
     if type(seqs) is np.ndarray and seqs.dtype == np.int64 and seqs.ndim == 1:
         return seqs
-    array = np.asarray(seqs)
+    array = as_array(seqs, what, "sequence ids")
     if array.size == 0 and isinstance(seqs, Sequence):
         return np.empty(0, np.int64)
     if array.ndim > 1 or array.dtype.kind not in "iu":
@@ -54,7 +68,7 @@ def as_ids(seqs: Any, what: str) -> Ints:
 
 def as_counts(counts: Any, n: int, what: str = "extend", name: str = "counts") -> Ints:
     """One number for all, or one each, as int64 [n]."""
-    array = np.asarray(counts)
+    array = as_array(counts, what, name)
     if array.size == 0 and n == 0:
         return np.empty(0, np.int64)
     if array.dtype.kind not in "iu" or array.ndim > 1 or (array.ndim and array.size != n):

@@ -35,7 +35,16 @@ from dsv4_rt.device import device as current_device
 from dsv4_rt.errors import ArgumentError, PoolExhausted, PoolMisuse, TooLong
 from dsv4_rt.memory import admission, snapshot
 from dsv4_rt.memory.admission import Need
-from dsv4_rt.memory.arguments import as_count, as_counts, as_id, as_ids, budget_bytes, optional
+from dsv4_rt.memory.arguments import (
+    as_array,
+    as_count,
+    as_counts,
+    as_id,
+    as_ids,
+    as_namespace,
+    budget_bytes,
+    optional,
+)
 from dsv4_rt.memory.check import check
 from dsv4_rt.memory.copies import Copies
 from dsv4_rt.memory.layout import LIVES, KVLayout
@@ -95,7 +104,8 @@ class KVPool(Views):
         """
         Args:
             layout: the caches; made with the same max_draft.
-            budget: bytes for all arrays (int), or a fraction of the device's free memory (float or "0.8").
+            budget: bytes for the pages of all caches (int), or a fraction of the device's free memory (float or "0.8");
+                block tables come on top.
             pages: 256-token pages, instead of a budget; like the two below without the null page.
             window_pages: 64-token window pages; by default 4 a sequence, max_tokens / 64 for each of steps_in_flight
                 and 2 a checkpoint: enough if a sequence whose prompt is done decodes in the next step.
@@ -117,6 +127,8 @@ class KVPool(Views):
             ArgumentError: a size out of range, rings in the layout that do not fit max_draft, too small a budget.
         """
         what = "KVPool"
+        if not isinstance(layout, KVLayout):
+            raise ArgumentError(f"{what}: layout is {type(layout).__name__}; give a KVLayout (KVLayout.for_model)")
         if budget is not None and pages is not None:
             raise ArgumentError(f"{what}: budget = {budget} and pages = {pages} both say how large it is; give one")
         self.layout = layout
@@ -128,8 +140,8 @@ class KVPool(Views):
         self.checkpoint_every = check_range(what, "checkpoint_every", checkpoint_every, PAGE, 2**30)
         if self.checkpoint_every % PAGE:
             raise ArgumentError(f"{what}: checkpoint_every = {checkpoint_every} is not a multiple of {PAGE}")
-        if not 0 <= watermark < 1:
-            raise ArgumentError(f"{what}: watermark = {watermark} is not a share from 0 to below 1")
+        if not isinstance(watermark, (int, float)) or not 0 <= watermark < 1:
+            raise ArgumentError(f"{what}: watermark = {watermark!r} is not a share from 0 to below 1")
         self.watermark = float(watermark)
         self.steps_in_flight = check_range(what, "steps_in_flight", steps_in_flight, 1, 64)
         tokens = max_tokens if max_tokens is not None else max_in_flight + max_sequences * (1 + max_draft)
@@ -211,8 +223,7 @@ class KVPool(Views):
             TooLong: the prompt is longer than max_length, or than the whole pool can hold.
             PoolMisuse: tokens that are no integers from 0 to 2^31 - 1; a namespace that is not bytes.
         """
-        if not isinstance(namespace, bytes):
-            raise PoolMisuse(f"create: namespace is {type(namespace).__name__}; bytes are wanted")
+        namespace = as_namespace(namespace, "create")
         prompt = as_tokens([] if tokens is None else tokens, "create")
         self._refuse_too_long("create", prompt.size)
         self._check_room("create")
@@ -348,7 +359,8 @@ class KVPool(Views):
         ids = as_ids(seqs, "append")
         rows = s.rows(ids, "append")
         one = np.ndim(seqs) == 0
-        new = as_tokens([tokens] if one and np.ndim(tokens) == 0 else tokens, "append")
+        given = as_array(tokens, "append", "tokens")
+        new = as_tokens(given.reshape(1) if one and not given.ndim else tokens, "append")
         if not one and new.size != ids.size:
             raise PoolMisuse(f"append: {new.size} tokens for {ids.size} sequences; a batch takes one for each")
         if not new.size:
@@ -425,8 +437,8 @@ class KVPool(Views):
         if s.flags[row] & STAGED:
             raise PoolMisuse(f"fork: sequence {seq} has tokens that are not uploaded; upload and launch, then fork")
         self._check_room("fork")
-        self._ledger.settle(row)
         child, to = s.admit(s.text[row].namespace, s.tokens(row, 0, int(s.known[row])), "fork")
+        self._ledger.settle(row)
         self._ledger.fork(row, to)
         return child
 
@@ -507,7 +519,7 @@ class KVPool(Views):
         Raises:
             PoolMisuse: no such step is in flight.
         """
-        if epoch not in self._open:
+        if isinstance(epoch, bool) or not isinstance(epoch, (int, np.integer)) or epoch not in self._open:
             raise PoolMisuse(f"end_step: step {epoch} is not in flight; in flight are {self._open}")
         self._open.remove(epoch)
         self._copies.fence = self._open[-1] if self._open else 0
@@ -579,10 +591,12 @@ class KVPool(Views):
 
         Raises:
             TooLong: it would never fit.
-            PoolMisuse: tokens that are no integers.
+            ArgumentError: a negative number, a chunk below 1.
+            PoolMisuse: tokens that are no integers from 0 to 2^31 - 1; a namespace that is not bytes.
         """
+        namespace = as_namespace(namespace, "can_admit")
         pinned_full = pinned_window = cached = 0
-        if isinstance(prompt, (int, np.integer)):
+        if isinstance(prompt, (int, np.integer)) and not isinstance(prompt, bool):
             length = int(prompt)
         else:
             tokens = as_tokens(prompt, "can_admit")
@@ -618,18 +632,27 @@ class KVPool(Views):
 
         Raises:
             UnknownSequence, PoolMisuse: a bad id; not preempted.
+            TooLong, ArgumentError: as for `can_admit`.
         """
         parked = self._parked(seq, "can_resume")
         return self.can_admit(parked.tokens, parked.namespace, chunk)
 
     def digests(self, tokens: Any, namespace: bytes = b"") -> list[bytes]:
         """The digests under which the complete pages of a prompt are known here: 16 bytes each. Two prompts share
-        pages as far as these are equal, so that a router can send them to the same pool."""
+        pages as far as these are equal, so that a router can send them to the same pool.
+
+        Raises:
+            PoolMisuse: tokens that are no integers from 0 to 2^31 - 1; a namespace that is not bytes.
+        """
         prompt = as_tokens(tokens, "digests")
-        return page_digests(prompt, namespace, prompt.size // PAGE)
+        return page_digests(prompt, as_namespace(namespace, "digests"), prompt.size // PAGE)
 
     def next_checkpoint(self, seq: int) -> int:
-        """The next boundary at which a chunk of the prompt should end, so that a checkpoint can be taken there."""
+        """The next boundary at which a chunk of the prompt should end, so that a checkpoint can be taken there.
+
+        Raises:
+            UnknownSequence, PoolMisuse: a bad id; preempted.
+        """
         row = self._one(seq, "next_checkpoint")
         length, end = int(self._seqs.length[row]), int(self._seqs.prompt_end[row])
         regular = (length // self.checkpoint_every + 1) * self.checkpoint_every
@@ -637,8 +660,8 @@ class KVPool(Views):
 
     @_exclusive
     def reset(self) -> int:
-        """Empty the prefix cache (the weights have changed). Sequences go on; what they have computed
-        so far never enters the cache. Returns how many pages were registered."""
+        """Empty the prefix cache (the weights have changed). Sequences go on, but nothing of them enters the cache
+        until `preempt` and `resume` have them computed anew. Returns how many pages were registered."""
         s = self._seqs
         s.registered[s.id_of != 0] = NEVER
         rows = np.flatnonzero(s.id_of)
@@ -649,17 +672,17 @@ class KVPool(Views):
     # ------------------------------------------------------------------------------------------- what is there
 
     def length(self, seq: int) -> int:
-        """Tokens of a sequence that have positions; 0 while it is preempted."""
+        """Tokens of a sequence that have positions; 0 while it is preempted. UnknownSequence, PoolMisuse: a bad id."""
         if as_id(seq, "length") in self._seqs.parked:
             return 0
         return int(self._seqs.length[self._one(seq, "length")])
 
     def row(self, seq: int) -> int:
-        """The row of the block tables that the sequence has."""
+        """The row of the block tables that the sequence has. UnknownSequence, PoolMisuse: a bad id; preempted."""
         return self._one(seq, "row")
 
     def rows(self, seqs: Any) -> Ints:
-        """int32 [N]: `row` of a batch."""
+        """int32 [N]: `row` of a batch, with its errors."""
         return self._seqs.rows(as_ids(seqs, "rows"), "rows").astype(np.int32)
 
     @property

@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from dsv4_rt.errors import PoolExhausted, PoolMisuse, UnknownSequence
+from dsv4_rt.memory.arguments import as_array
 from dsv4_rt.memory.pages import Ints
 from dsv4_rt.memory.prefix import PAGE, root_serial
 
@@ -120,7 +121,7 @@ class Sequences:
         else:
             handle = len(self._last_id)
             if handle > _MASK:
-                raise PoolExhausted(f"{what}: {handle} sequences are alive or preempted; free some")
+                raise PoolExhausted(f"{what}: {handle - 1} sequences are alive or preempted; free some")
             if handle == self._handle_id.size:
                 self._handle_id = np.concatenate([self._handle_id, np.zeros_like(self._handle_id)])
                 self._handle_row = np.concatenate([self._handle_row, np.zeros_like(self._handle_row)])
@@ -236,7 +237,7 @@ class Sequences:
 
 def as_tokens(tokens: Any, what: str) -> Ints:
     """Token ids as contiguous int32 [N]: integers from 0 to 2^31 - 1, else PoolMisuse."""
-    array = np.asarray(tokens)
+    array = as_array(tokens, what, "tokens")
     if array.size == 0 and array.ndim == 1 and not isinstance(tokens, np.ndarray):
         return np.empty(0, np.int32)
     if array.ndim != 1 or array.dtype.kind not in "iu":

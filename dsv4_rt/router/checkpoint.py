@@ -7,7 +7,8 @@ layers), under any prefix.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,24 +48,40 @@ def gate(source: str | Path | Mapping[str, Any], layer: int, parts: Sequence[str
 
 def _files(source: str | Path) -> dict[str, Any]:
     """Every tensor's name and the file it is in."""
-    from safetensors import safe_open
-
     path = Path(source)
     index = path / INDEX
     if index.is_file():
-        return {name: path / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        with _readable(index):
+            return {name: path / file for name, file in json.loads(index.read_text())["weight_map"].items()}
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise ArgumentError(f"Router.load_checkpoint: {str(source)!r} is no .safetensors file and no directory of them")
     names = {}
     for file in files:
-        with safe_open(str(file), framework="numpy") as tensors:
+        with _opened(file) as tensors:
             names.update(dict.fromkeys(tensors.keys(), file))
     return names
 
 
 def _read(file: Path, name: str) -> Any:
+    with _opened(file) as tensors:
+        return tensors.get_tensor(name)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     from safetensors import safe_open
 
-    with safe_open(str(file), framework="numpy") as tensors:
-        return tensors.get_tensor(name)
+    with _readable(file), safe_open(str(file), framework="numpy") as tensors:
+        yield tensors
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """A file that is missing, cut off or damaged, as an ArgumentError that names it."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise ArgumentError(f"Router.load_checkpoint: {str(file)!r} cannot be read: {error}") from error

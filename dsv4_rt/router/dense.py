@@ -329,9 +329,9 @@ PREFILL_PDL_LIMIT = 512
 def decode_limit(dtype: Dtype) -> int:
     """Up to how many tokens a Router takes dense_router_decode, and above it dense_router_prefill.
 
-    With bfloat16 weights 128 tokens take 8.5 us by one launch and 8.1 by two (flash; 12.5 and 10.0: pro). Float weights
-    are three products for cuBLAS, and one launch takes 10.8 us (16.4) for 128 tokens. H200, programmatic dependent
-    launch; bench/results/h200-dense-router-decode-tiles.txt.
+    128 tokens, bfloat16 weights: 8.5 us by one launch, by two 9.0 in the same run and 8.2 in a later one (flash; pro:
+    12.5, 10.0 and 10.0). Float weights are three products for cuBLAS, and one launch takes 10.8 us (16.4). H200,
+    programmatic dependent launch; bench/results/h200-dense-router-decode-tiles.txt, and h200-router.txt: pair PDL.
     """
     return 64 if dtype == BF16 else 128
 

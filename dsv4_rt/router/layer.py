@@ -135,7 +135,8 @@ class Router:
         """Take the layer's weights: copies, checked at once. `finalize_weights` brings them to the device.
 
         Args:
-            W_gate: [E, K] bfloat16 or float32 (kept as it is); for dense routing and hash routing with gate weights.
+            W_gate: [E, K] bfloat16, or finite float32 (kept as it is); for dense routing and hash routing with gate
+                weights.
             e_bias: [E] float32; for dense routing.
             hash_lut: [V, k] int32 or int64, experts in 0 .. E-1; for hash routing.
 
@@ -154,6 +155,13 @@ class Router:
         host = {name: np.ascontiguousarray(_on_host(given[name])) for name in wanted}
         for name, x in host.items():
             match("Router.load_weights", **{name: Arg(view(x), axes[name], dtypes[name])})
+        w_gate = host.get("W_gate")
+        if w_gate is not None and w_gate.dtype == F32 and not np.isfinite(w_gate).all():
+            expert = int(np.argmin(np.isfinite(w_gate).all(axis=1)))
+            raise ArgumentError(
+                f"Router.load_weights: W_gate of expert {expert} is not finite; float32 weights are split into parts "
+                "of bfloat16, which infinities and NaN do not have"
+            )
         if "hash_lut" in host:
             low, high = int(host["hash_lut"].min()), int(host["hash_lut"].max())
             if low < 0 or high >= E:

@@ -225,9 +225,12 @@ def test_sizes_that_make_no_pool(emulator):
         ({"budget": 1.5}, "no share of free memory"),
         ({"pages": 0}, "pages = 0"),
         ({"pages": 4, "watermark": 1.0}, "watermark"),
+        ({"pages": 4, "watermark": "1 %"}, "watermark = '1 %' is not a share"),
         ({"pages": 4, "checkpoint_every": 300}, "not a multiple of 256"),
         ({"pages": 4, "state_slots": 2}, "state_slots"),
     ]
     for given, message in wrong:
         with pytest.raises(ArgumentError, match=message):
             KVPool(small_layout(), **{**SHAPE, **given})
+    with pytest.raises(ArgumentError, match="layout is str; give a KVLayout"):
+        KVPool("flash", pages=4, **SHAPE)

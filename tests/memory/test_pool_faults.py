@@ -5,6 +5,7 @@ import pytest
 from pools import fingerprint, mapping, prefill, small_pool, table, tokens
 
 from dsv4_rt.errors import (
+    ArgumentError,
     Dsv4Error,
     LaunchError,
     PoolError,
@@ -13,6 +14,7 @@ from dsv4_rt.errors import (
     TooLong,
     UnknownSequence,
 )
+from dsv4_rt.memory import sequences
 
 
 def busy_pool(rng, **changes):
@@ -69,6 +71,7 @@ def test_double_free_is_named(emulator):
 
 def test_bad_arguments(emulator, rng):
     pool, a, b, parked, _ = busy_pool(rng)
+    assert pool.begin_step() == 1
     wrong = [
         (lambda: pool.extend(a, -1), PoolMisuse, "counts must not be negative; -1 given"),
         (lambda: pool.extend([a, b], [1, -5]), PoolMisuse, "counts must not be negative; -5 given"),
@@ -98,11 +101,22 @@ def test_bad_arguments(emulator, rng):
         (lambda: pool.truncate(a, 2.0), PoolMisuse, "lengths are float64"),
         (lambda: pool.truncate([a, a], [593, 593]), PoolMisuse, "occurs twice"),
         (lambda: pool.fork(a), PoolMisuse, "tokens that are not uploaded"),
-        (lambda: pool.end_step(1), PoolMisuse, "step 1 is not in flight"),
+        (lambda: pool.end_step(2), PoolMisuse, "step 2 is not in flight; in flight are \\[1\\]"),
+        (lambda: pool.end_step(True), PoolMisuse, "step True is not in flight"),
+        (lambda: pool.end_step(np.array([1, 2])), PoolMisuse, "is not in flight"),
+        (lambda: pool.can_admit(True), PoolMisuse, "tokens are bool"),
         (lambda: pool.can_admit(5000), TooLong, "5000 tokens"),
         (lambda: pool.can_admit([-1]), PoolMisuse, "from 0 to"),
+        (lambda: pool.can_admit([1], "space"), PoolMisuse, "can_admit: namespace is str; bytes are wanted"),
+        (lambda: pool.can_admit(-1), ArgumentError, "length = -1"),
+        (lambda: pool.digests([1], None), PoolMisuse, "digests: namespace is NoneType; bytes are wanted"),
+        (lambda: pool.create([[1], [2, 3]]), PoolMisuse, "create: tokens are list, of which NumPy says: "),
+        (lambda: pool.append(a, [[1], [2, 3]]), PoolMisuse, "append: tokens are list, of which NumPy says: "),
+        (lambda: pool.extend([[a], [a, b]]), PoolMisuse, "extend: sequence ids are list, of which NumPy says: "),
+        (lambda: pool.extend([a, b], [[1], [2, 3]]), PoolMisuse, "extend: counts are list, of which NumPy says: "),
+        (lambda: pool.truncate(a, [[1], [2, 3]]), PoolMisuse, "truncate: lengths are list, of which NumPy says: "),
         (lambda: pool.can_resume(a), PoolMisuse, "is not preempted"),
-        (lambda: pool.snapshot(), PoolMisuse, "upload first"),
+        (lambda: pool.snapshot(), PoolMisuse, "steps \\[1\\] are in flight"),
         (lambda: pool.need(-1), Dsv4Error, "length = -1"),
     ]
     before = fingerprint(pool)
@@ -111,6 +125,24 @@ def test_bad_arguments(emulator, rng):
             call()
         assert fingerprint(pool) == before, message
     pool.check()
+
+
+def test_no_more_ids(emulator, rng, monkeypatch):
+    """The last refusal of create and fork; pages that the prefix cache has not seen yet stay unseen."""
+    monkeypatch.setattr(sequences, "_MASK", 3)
+    pool = small_pool()
+    a, b, _ = (pool.create() for _ in range(3))
+    pool.append(a, tokens(rng, 300))
+    prefill(pool, a, 300)
+    before = fingerprint(pool)
+    for call in (pool.create, lambda: pool.fork(a)):
+        with pytest.raises(PoolExhausted, match="3 sequences are alive or preempted; free some"):
+            call()
+        assert fingerprint(pool) == before
+    pool.free(b)
+    pool.fork(a)
+    pool.check()
+    assert fingerprint(pool) != before
 
 
 def test_a_step_longer_than_the_tables(emulator):

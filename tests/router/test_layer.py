@@ -230,6 +230,29 @@ def test_a_checkpoint_that_is_not_there(emulator, rng, tmp_path):
         router.load_checkpoint(twice, 3)
 
 
+def test_a_checkpoint_that_cannot_be_read(emulator, rng, tmp_path):
+    """A part that was not downloaded, a file cut off, an index that is none: the file is named."""
+    from safetensors.numpy import save_file
+
+    router, index = Router(K, E), tmp_path / "model.safetensors.index.json"
+    tensors = checkpoint(rng, "")
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "part.safetensors")}))
+    with pytest.raises(ArgumentError, match=r"part.safetensors' cannot be read: .*No such file"):
+        router.load_checkpoint(tmp_path, 3)
+    save_file(tensors, tmp_path / "part.safetensors")
+    router.load_checkpoint(tmp_path, 3)
+    whole = (tmp_path / "part.safetensors").read_bytes()
+    (tmp_path / "part.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ArgumentError, match=r"part.safetensors' cannot be read"):
+        router.load_checkpoint(tmp_path, 3)
+    with pytest.raises(ArgumentError, match=r"part.safetensors' cannot be read"):
+        router.load_checkpoint(tmp_path / "part.safetensors", 3)
+    for text in ("{", "[]", "{}"):
+        index.write_text(text)
+        with pytest.raises(ArgumentError, match=r"index.json' cannot be read"):
+            router.load_checkpoint(tmp_path, 3)
+
+
 # -------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -258,6 +281,8 @@ def test_loading_says_what_is_wrong(emulator, rng):
     uniform = Router(K, E, mode="hash", hash_weights="uniform", vocab_size=V)
     outside = table.copy()
     outside[3, 1] = E
+    infinite = w.astype(np.float32)
+    infinite[7, 3] = -np.inf
     for router, match, given in (
         (plain, "e_bias is missing; dense routing takes W_gate and e_bias", (w,)),
         (plain, "hash_lut has no place here; dense routing takes W_gate and e_bias", (w, b, table)),
@@ -266,6 +291,7 @@ def test_loading_says_what_is_wrong(emulator, rng):
         (uniform, "W_gate has no place here; hash routing with uniform weights takes hash_lut", (w, None, table)),
         (plain, r"W_gate does not fit(.|\n)*axis 0 \(96\) must be 96", (w[:-1], b)),
         (plain, r"W_gate does not fit(.|\n)*dtype must be bfloat16 or float32", (w.astype(np.float16), b)),
+        (plain, r"W_gate of expert 7 is not finite", (infinite, b)),
         (plain, r"e_bias does not fit(.|\n)*dtype must be float32", (w, b.astype(np.float64))),
         (gated, r"hash_lut does not fit(.|\n)*axis 1 \(6\) must be 6", (w, None, table[:, :5])),
         (gated, r"hash_lut has experts from 0 to 96; they must be in 0 .. 95", (w, None, outside)),

@@ -121,9 +121,18 @@ def test_says_what_is_wrong(torch, home, rng, routers):
     from dsv4_rt import torch_ops
 
     hidden = bf16(torch, rng.standard_normal((2, K)), home)
-    with pytest.raises(dsv4_rt.ArgumentError, match="no router is registered as 99"):
-        torch.ops.dsv4_rt.dense_route(hidden, 99)
+    with pytest.raises(dsv4_rt.ArgumentError, match="no router is registered as -99"):
+        torch.ops.dsv4_rt.dense_route(hidden, -99)
     with pytest.raises(dsv4_rt.ArgumentError, match="has mode 'hash'; dense_route wants mode 'dense'"):
         torch.ops.dsv4_rt.dense_route(hidden, routers[1])
-    with pytest.raises(dsv4_rt.ArgumentError, match="no router is registered as 77"):
-        torch_ops.unregister(77)
+    with pytest.raises(dsv4_rt.ArgumentError, match="no router is registered as -77"):
+        torch_ops.unregister(-77)
+
+
+def test_a_number_is_never_given_twice(torch, routers):
+    from dsv4_rt import torch_ops
+
+    router = torch_ops._router(routers[0])
+    key = torch_ops.register(router)
+    torch_ops.unregister(key)
+    assert torch_ops.register(router) > key
