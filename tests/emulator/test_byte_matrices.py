@@ -1,4 +1,4 @@
-"""ldmatrix and stmatrix of bytes and of packed 6- and 4-bit elements, sm_100a, against NumPy: no GPU has judged them."""
+"""ldmatrix and stmatrix of bytes and of packed 6- and 4-bit elements, sm_100a, against NumPy; unjudged by a GPU."""
 
 import numpy as np
 import pytest
