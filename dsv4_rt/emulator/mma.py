@@ -416,12 +416,12 @@ def _store_rows(
         raise LaneFault(fault.what, rows[fault.bad]) from None
 
 
-# Matrices of bytes, sm_100a: a row of 16 elements at each address. Of the transpose of a 16 x 16 matrix thread l holds
-# the elements 4 (l%4) to 4 (l%4) + 3 of the rows l/4 and l/4 + 8, one register each; of an 8 x 16 matrix those of row
-# l/4. A stored 16 x 8 matrix is held like an accumulator: elements 2 (l%4) and 2 (l%4) + 1 of the rows l/4 and l/4 + 8
-# in one register; memory holds its transpose. Elements of 6 and 4 bits lie one after the other from the lowest bit on,
-# and become the low bits of bytes. No GPU has judged any of it: PTX ISA 9.1, 9.7.15, and the layouts of CUTLASS's
-# copy_traits_sm100.hpp.
+# Matrices of bytes, from sm_100a on: a row of 16 elements at each address. Of the transpose of a 16 x 16 matrix thread
+# l holds the elements 4 (l%4) to 4 (l%4) + 3 of the rows l/4 and l/4 + 8, one register each; of an 8 x 16 matrix those
+# of row l/4. A stored 16 x 8 matrix is held like an accumulator: elements 2 (l%4) and 2 (l%4) + 1 of the rows l/4 and
+# l/4 + 8 in one register; memory holds its transpose. Elements of 6 and 4 bits lie one after the other from the lowest
+# bit on, and become the low bits of bytes. No GPU has judged any of it: it is known from the PTX ISA (ldmatrix,
+# stmatrix) and from the layouts that CUTLASS gives these instructions (copy_traits_sm100.hpp, mma_traits_sm120.hpp).
 
 
 def _bytes_of(rows: Array, bits: int) -> Array:
