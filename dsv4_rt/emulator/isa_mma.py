@@ -76,28 +76,49 @@ def element_types(ins: Instr, m: Mods) -> tuple[str, tuple[str, str, str, str]]:
     return shape, (types[0], types[1], types[2], types[3])
 
 
+_BYTE_SHAPES = {"ldmatrix": ("m16n16", "m8n16"), "stmatrix": ("m16n8",)}
+_PACKED = {"b6x16_p32": 6, "b4x16_p64": 4}  # 16 elements of so many bits, padded to 16 bytes
+
+
 @handles("ldmatrix", "stmatrix")
 def _matrix(e: Emitter, ins: Instr, m: Mods) -> None:
-    m.flag("sync", "aligned", "m8n8")
-    if "m8n8" not in ins.mods or ins.types != ["b16"]:
-        raise m.refuse()
+    m.flag("sync", "aligned")
+    loads = ins.op == "ldmatrix"
+    shape = m.choose("m8n8", *_BYTE_SHAPES[ins.op])
     transpose = m.flag("trans")
+    bits = _PACKED.get(m.choose(*_PACKED), 0) if m.flag("b8x16") and loads else 8
     count = int(m.choose("x1", "x2", "x4", default="x0")[1:])
     space = m.choose("shared", "shared::cta", default="generic")
-    loads = ins.op == "ldmatrix"
     registers = items(ins.args[0] if loads else ins.args[1])
-    if len(registers) != count:
+    if shape == "m8n8":
+        known = ins.types == ["b16"] and bits == 8 and len(registers) == count
+    else:
+        target = e.namespace.get("target", "sm_90a")
+        if target.startswith("sm_90"):
+            raise m.refuse(f"{ins.name} exists from sm_100a on, not on {target}")
+        tall = shape == "m16n16"
+        known = ins.types == (["b8"] if bits == 8 else []) and transpose == (shape != "m8n16") and bits > 0
+        known = known and (shape != "m8n16" or bits < 8) and count <= (2 if tall else 4)
+        known = known and len(registers) == count * (2 if tall else 1)
+    if not known or not count:
         raise m.refuse()
     _whole(e, ins)
     where = address(e, ins.args[1] if loads else ins.args[0], space.split("::")[0])
     memory, base = space_target(e, space.split("::")[0])
     common = f"{memory}, B.races, L, {where}, {base}, {ins.line}"
     if loads:
-        found = e.temp(f"mma.load_matrices({common}, {count}, {transpose})")
+        if shape == "m8n8":
+            found = e.temp(f"mma.load_matrices({common}, {count}, {transpose})")
+        else:
+            found = e.temp(f"mma.load_byte_matrices({common}, {count}, {16 if transpose else 8}, {bits})")
         for i, operand in enumerate(registers):
             e.define(operand, f"{found}[{i}]", "b32")
         return
-    e.emit(f"mma.store_matrices({common}, {_names(e, registers, 'b32', 'a stored value')}, {transpose})")
+    values = _names(e, registers, "b32", "a stored value")
+    if shape == "m8n8":
+        e.emit(f"mma.store_matrices({common}, {values}, {transpose})")
+    else:
+        e.emit(f"mma.store_byte_matrices({common}, {values})")
 
 
 @handles("movmatrix")

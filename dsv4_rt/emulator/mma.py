@@ -39,8 +39,8 @@ from dsv4_rt.emulator.memory import LaneFault
 from dsv4_rt.emulator.narrow import FORMATS
 
 Array = npt.NDArray[Any]
-F32, F64, I16, I32, I64, U16, U32, U64 = (
-    np.float32, np.float64, np.int16, np.int32, np.int64, np.uint16, np.uint32, np.uint64,
+F32, F64, I16, I32, I64, U8, U16, U32, U64 = (
+    np.float32, np.float64, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64,
 )  # fmt: skip
 BYTES = {"f16": 2, "bf16": 2, "tf32": 4, "e4m3": 1, "e5m2": 1, "s8": 1, "u8": 1, "f32": 4, "s32": 4, "f64": 8}
 _NAN = {"f32": 0x7FFFFFFF, "f16": 0x7FFF}
@@ -398,16 +398,69 @@ def store_matrices(
     memory: Any, races: Any, lanes: Array, addr: Array, base: Any, line: int, values: Sequence[Array], transpose: bool
 ) -> None:
     """stmatrix: one register for each matrix."""
-    rows = _rows(len(lanes), len(values))
     words = np.stack([np.broadcast_to(value, lanes.shape).reshape(-1, 32) for value in values], axis=1)
     if transpose:
         words = _transposed(np.ascontiguousarray(words))
-    parts = words.reshape(-1, 4)
+    _store_rows(memory, races, lanes, addr, base, line, words.reshape(-1, 4), len(values))
+
+
+def _store_rows(
+    memory: Any, races: Any, lanes: Array, addr: Array, base: Any, line: int, parts: Array, count: int
+) -> None:
+    """Store [rows, 4] words at the addresses of the first 8 * count lanes of each warp."""
+    rows = _rows(len(lanes), count)
     races.touch(lanes[rows], line, 0)
     try:
         memory.store_vector(addr[rows], _own(base, rows), [np.ascontiguousarray(parts[:, i]) for i in range(4)], 2)
     except LaneFault as fault:
         raise LaneFault(fault.what, rows[fault.bad]) from None
+
+
+# Matrices of bytes, from sm_100a on: a row of 16 elements at each address. Of the transpose of a 16 x 16 matrix thread
+# l holds the elements 4 (l%4) to 4 (l%4) + 3 of the rows l/4 and l/4 + 8, one register each; of an 8 x 16 matrix those
+# of row l/4. A stored 16 x 8 matrix is held like an accumulator: elements 2 (l%4) and 2 (l%4) + 1 of the rows l/4 and
+# l/4 + 8 in one register; memory holds its transpose. Elements of 6 and 4 bits lie one after the other from the lowest
+# bit on, and become the low bits of bytes. No GPU has judged any of it: it is known from the PTX ISA (ldmatrix,
+# stmatrix) and from the layouts that CUTLASS gives these instructions (copy_traits_sm100.hpp, mma_traits_sm120.hpp).
+
+
+def _bytes_of(rows: Array, bits: int) -> Array:
+    """[rows, 4] words as [rows, 16] elements."""
+    found = np.ascontiguousarray(rows).view(U8)
+    if bits == 4:
+        return np.stack((found[:, :8] & U8(15), found[:, :8] >> U8(4)), axis=-1).reshape(-1, 16)
+    if bits == 6:
+        three = found[:, :12].reshape(-1, 4, 3).astype(U32)
+        words = three[..., 0] | three[..., 1] << U32(8) | three[..., 2] << U32(16)
+        return (words[..., None] >> np.array([0, 6, 12, 18], U32) & U32(63)).astype(U8).reshape(-1, 16)
+    return found
+
+
+def load_byte_matrices(
+    memory: Any, races: Any, lanes: Array, addr: Array, base: Any, line: int, count: int, height: int, bits: int
+) -> list[Array]:
+    """ldmatrix of `count` matrices of `height` rows: two registers for each transposed 16 x 16, one for each 8 x 16."""
+    rows = _rows(len(lanes), count * height // 8)
+    races.touch(lanes[rows], line, 0)
+    try:
+        words = memory.load_vector(addr[rows], _own(base, rows), 2, 4, None if bits == 8 else (1 << 2 * bits) - 1)
+    except LaneFault as fault:
+        raise LaneFault(fault.what, rows[fault.bad]) from None
+    found = _bytes_of(np.stack(words, axis=1), bits).reshape(-1, count, height, 16)
+    if height == 16:
+        found = np.swapaxes(found, -1, -2)
+    fragments = np.ascontiguousarray(found).view(U32).reshape(-1, count * height // 8, 32)
+    return [np.ascontiguousarray(fragments[:, i]).reshape(-1) for i in range(fragments.shape[1])]
+
+
+def store_byte_matrices(
+    memory: Any, races: Any, lanes: Array, addr: Array, base: Any, line: int, values: Sequence[Array]
+) -> None:
+    """stmatrix.trans of 16 x 8 matrices: one register for each."""
+    words = np.stack([np.broadcast_to(value, lanes.shape).reshape(-1, 32) for value in values], axis=1)
+    held = np.ascontiguousarray(words).view(U8).reshape(-1, 8, 4, 2, 2)  # matrix, l/4, l%4, upper or lower row, column
+    parts = np.ascontiguousarray(held.transpose(0, 2, 4, 3, 1)).reshape(-1, 16).view(U32)
+    _store_rows(memory, races, lanes, addr, base, line, parts, len(values))
 
 
 def move_matrix(value: Array) -> Array:

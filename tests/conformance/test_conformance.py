@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from compare import ACCEPTED, BOUNDS, digest, judge
 from forms import LEFT_OUT, all_forms
-from launches import EMULATOR, FILES
+from launches import EMULATOR, FILES, OWED
 from launches import LEFT_OUT as NOT_COMPARED
 from operands import SEED, operands
 
@@ -26,6 +26,7 @@ LAUNCHES_NOTHING = set(
     test_a_missing_callee_is_refused_before_the_launch test_a_pointer_that_another_kernel_stored
     test_faults_name_the_thread
     test_vector_atomics_race_with_plain_stores_only test_forms_that_do_not_exist_are_refused
+    test_all_are_here
     test_selects_in_under_a_third_of_a_second test_narrow_formats_by_instruction_and_by_software""".split()
 )
 FORMS = all_forms()
@@ -113,6 +114,10 @@ def test_every_program_ran_on_the_hardware():
         tests = re.findall(r"^def (test_\w+)", (EMULATOR / name).read_text(), re.MULTILINE)
         launching = [test for test in tests if test not in LAUNCHES_NOTHING | set(NOT_COMPARED)]
         assert set(launching) <= ran, f"{name}: {sorted(set(launching) - ran)}: run launches.py again"
+    for name in OWED:
+        assert not ran & set(re.findall(r"^def (test_\w+)", (EMULATOR / name).read_text(), re.MULTILINE)), (
+            f"{name} ran on a GPU: move it from OWED to FILES in launches.py"
+        )
 
 
 @pytest.mark.gpu

@@ -10,6 +10,8 @@ import numpy as np
 from cuda.bindings import nvrtc
 
 from dsv4_rt.emulator import Machine
+from dsv4_rt.emulator.tensormap import encode
+from dsv4_rt.tensor_map import TensorMap
 
 ARCHITECTURES = ("sm_90a", "sm_100a")
 ORDERS = ("min-pc", "random", "reverse")
@@ -42,13 +44,28 @@ def nvrtc_ptx(source: str, name: str, options: list[str], names: tuple[str, ...]
     return text.decode().rstrip("\0")
 
 
+class Scratch(np.ndarray):
+    """An array that a program needs only on its way, for notes in a machine's own format: nobody compares it."""
+
+
+def aligned(array: np.ndarray, align: int = 128) -> np.ndarray:
+    """A copy that begins at a multiple of `align` bytes, as every allocation on a GPU does."""
+    room = np.zeros(array.nbytes + align, np.uint8)
+    first = -room.ctypes.data % align
+    out = room[first : first + array.nbytes].view(array.dtype).reshape(array.shape)
+    out[...] = array
+    return out
+
+
 def pack(params: tuple[tuple[int, int], ...], args: tuple[object, ...]) -> bytes:
-    """The parameter buffer: arrays by address, NumPy scalars and bytes by value, at the entry's offsets."""
+    """The parameter buffer: arrays by address, maps, NumPy scalars and bytes by value, at the entry's offsets."""
     buffer = bytearray(max((offset + size for offset, size in params), default=0))
     assert len(params) == len(args), f"{len(args)} arguments for {len(params)} parameters"
     for (offset, size), arg in zip(params, args, strict=True):
         if isinstance(arg, np.ndarray):
             data = arg.ctypes.data.to_bytes(8, "little")
+        elif isinstance(arg, TensorMap):
+            data = encode(arg.fields())
         else:
             data = bytes(arg) if isinstance(arg, bytes) else np.asarray(arg).tobytes()
         assert len(data) == size, f"an argument of {len(data)} bytes for a parameter of {size}"
@@ -57,7 +74,7 @@ def pack(params: tuple[tuple[int, int], ...], args: tuple[object, ...]) -> bytes
 
 
 # Called after each launch that ends well, by tests/conformance/launches.py: (module's PTX, entry, grid, block, shared
-# bytes, cooperative or not, arguments, what its arrays held before).
+# bytes, cooperative or not, cluster or None, arguments, what arrays held before: its own and those of its maps).
 LISTENERS: list[Callable[..., None]] = []
 CHECKS: dict[str, bool] = {}  # arguments of the Machine that run_ptx makes, for fixtures that turn checks on
 
@@ -68,19 +85,20 @@ def run_ptx(ptx, entry, grid, block, *args, order="min-pc", seed=0, shared=0, ar
     machine = machine or Machine(arch, order=order, seed=seed, source_roots=roots, **CHECKS)
     module = machine.load(ptx, "test")
     name = next(each for each in module.entries if entry in each)
+    held = [a.array if isinstance(a, TensorMap) else a for a in args]
     tokens = [
         machine.memory.register(a.ctypes.data, a.nbytes, label=f"argument {i}", writable=a.flags.writeable, keep=a)
-        for i, a in enumerate(args)
+        for i, a in enumerate(held)
         if isinstance(a, np.ndarray)
     ]
-    before = [a.copy() if LISTENERS and isinstance(a, np.ndarray) else a for a in args]
+    before = [a.copy() if LISTENERS and isinstance(a, np.ndarray) else a for a in held]
     try:
         params = pack(module.entries[name].params, args)
         report = machine.launch(
             module, name, grid, block, params, dynamic_shared=shared, cooperative=cooperative, cluster=cluster
         )
         for listener in LISTENERS:
-            listener(ptx, name, grid, block, shared, cooperative, args, before)
+            listener(ptx, name, grid, block, shared, cooperative, cluster, args, before)
         return report
     finally:
         for token in tokens:

@@ -449,6 +449,7 @@ REFUSED = {
 }  # fmt: skip
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", PLANTS)
 def test_the_right_kernels_do_the_same_on_a_gpu(gpu, tmp_path, name):
     path = write(tmp_path, PLANT_HEAD + PLANTS[name].body + "\n}\n")

@@ -9,22 +9,13 @@ from foreign import kept
 from hopper_kernels import compare, integers, normal, product
 from keep import triton_programs, triton_source
 from ml_dtypes import bfloat16, float8_e4m3fn
-from programs import run_ptx
+from programs import Scratch, aligned, run_ptx
 
 from dsv4_rt.emulator import Machine
-from dsv4_rt.emulator.tensormap import encode
+from dsv4_rt.tensor_map import TensorMap
 
 pytestmark = all_schedules
 ARCH = "sm_90a"
-
-
-def aligned(array, align=128):
-    """A copy that begins at a multiple of `align` bytes, as every allocation on a GPU does."""
-    room = np.zeros(array.nbytes + align, np.uint8)
-    first = -room.ctypes.data % align
-    out = room[first : first + array.nbytes].view(array.dtype).reshape(array.shape)
-    out[...] = array
-    return out
 
 
 def bits(array):
@@ -40,7 +31,8 @@ def launch(completion, rng):
         entry = re.search(r"\.entry (\w+)\(", ptx)[1]
         threads = int(re.search(r"\.reqntid (\d+)", ptx)[1])
         scratch = re.match(r".*scratch (\d+)", ptx)
-        room = aligned(np.zeros(int(scratch[1]) * int(np.prod(grid)), np.uint8)) if scratch else np.uint64(0)
+        size = int(scratch[1]) * int(np.prod(grid)) if scratch else 0
+        room = aligned(np.zeros(size, np.uint8)).view(Scratch) if size else np.uint64(0)
         machine = Machine(ARCH, completion=completion, seed=int(rng.integers(1 << 30)))
         return run_ptx(ptx, entry, grid, threads, *args, room, np.uint64(0), machine=machine, shared=shared)
 
@@ -119,26 +111,13 @@ def test_fp8_descriptors_made_by_the_kernel(launch, rng):
     np.testing.assert_array_equal(c, product(a, b)[0].astype(np.float32).astype(bfloat16))
 
 
-def test_descriptors_made_by_the_host(launch, rng, monkeypatch):
+def test_descriptors_made_by_the_host(launch, rng):
     M, N, K = 64, 64, 256
     a, b, c = integers(rng, M, K), integers(rng, N, K), poisoned(M, N)
     described = []
-    arrays = [bits(a), bits(b)]
-    for array in arrays:
-        fields = {
-            "dtype": "bf16", "address": array.ctypes.data, "shape": (K, 64), "strides": (2 * K,), "box": (64, 64),
-            "element_strides": (1, 1), "swizzle": "128B", "oob_fill": "zero", "l2_promotion": "none",
-            "interleave": "none",
-        }  # fmt: skip
-        described += [encode(fields), *sizes(64, K), np.int64(K), np.int64(1)]
-    original = Machine.launch
-
-    def registered(machine, *args, **options):
-        for array in arrays:
-            machine.memory.register(array.ctypes.data, array.nbytes, keep=array)
-        return original(machine, *args, **options)
-
-    monkeypatch.setattr(Machine, "launch", registered)
+    for array in (a, b):
+        box = TensorMap(bits(array), box=(64, 64), dtype="bf16", swizzle="128B", l2_promotion="none")
+        described += [box, *sizes(64, K), np.int64(K), np.int64(1)]
     launch("dot_host_descriptors", (1, 1), *described, c, *sizes(N, K))
     compare(c, a, b)
 
