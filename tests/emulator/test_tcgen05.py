@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 from asynchronous import all_schedules
-from blackwell_kernels import FOLDER, HOPPER, loader, run_gemm_tcgen05
+from blackwell_kernels import loader, run_gemm_tcgen05
 from hopper_kernels import normal
 from programs import ORDERS, PRELUDE, compile_ptx, run_ptx
 from tensor_programs import SIZES, bits_of, image_k_major, image_mn_major, values_of

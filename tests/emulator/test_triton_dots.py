@@ -1,4 +1,4 @@
-"""Products that Triton pipelines for a Hopper SM (triton_dots.py), by cp.async or TMA and wgmma, against NumPy."""
+"""Products that Triton pipelines (triton_dots.py), by cp.async or TMA and wgmma or tcgen05, against NumPy."""
 
 import re
 
@@ -7,15 +7,15 @@ import pytest
 from asynchronous import all_schedules
 from foreign import kept
 from hopper_kernels import compare, integers, normal, product
-from keep import triton_programs, triton_source
+from keep import ARCHITECTURES, triton_programs, triton_source
 from ml_dtypes import bfloat16, float8_e4m3fn
 from programs import run_ptx
 
 from dsv4_rt.emulator import Machine
 from dsv4_rt.emulator.tensormap import encode
+from dsv4_rt.errors import UnsupportedInstruction
 
 pytestmark = all_schedules
-ARCH = "sm_90a"
 
 
 def aligned(array, align=128):
@@ -31,19 +31,20 @@ def bits(array):
     return aligned(array.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[array.itemsize]))
 
 
-@pytest.fixture
-def launch(completion, rng):
+@pytest.fixture(params=ARCHITECTURES)
+def launch(request, completion, rng):
     """launch(name, grid, *args): a kept program; arrays are 128-byte aligned, scratch comes behind the arguments."""
 
     def run(name, grid, *args):
-        ptx, shared = kept(name, ARCH)
+        ptx, shared = kept(name, request.param)
         entry = re.search(r"\.entry (\w+)\(", ptx)[1]
         threads = int(re.search(r"\.reqntid (\d+)", ptx)[1])
         scratch = re.match(r".*scratch (\d+)", ptx)
         room = aligned(np.zeros(int(scratch[1]) * int(np.prod(grid)), np.uint8)) if scratch else np.uint64(0)
-        machine = Machine(ARCH, completion=completion, seed=int(rng.integers(1 << 30)))
+        machine = Machine(request.param, completion=completion, seed=int(rng.integers(1 << 30)))
         return run_ptx(ptx, entry, grid, threads, *args, room, np.uint64(0), machine=machine, shared=shared)
 
+    run.arch = request.param
     return run
 
 
@@ -148,7 +149,12 @@ def test_attention(launch, rng):
     q, k, v = (normal(rng, L, D) for _ in range(3))
     out = poisoned(L, D)
     scale = np.float32(0.125)
-    launch("attention", (3, 1), bits(q), bits(k), bits(v), out, np.int32(L), scale)
+    arguments = bits(q), bits(k), bits(v), out, np.int32(L), scale
+    if launch.arch == "sm_100a":
+        with pytest.raises(UnsupportedInstruction, match="A in tensor memory"):
+            launch("attention", (3, 1), *arguments)
+        return
+    launch("attention", (3, 1), *arguments)
     scores, size = product(q, k)
     p = np.exp((scores - scores.max(1, keepdims=True)) * 0.125)
     values = v.astype(np.float64)
