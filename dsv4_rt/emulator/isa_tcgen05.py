@@ -84,7 +84,7 @@ def _move(e: Emitter, ins: Instr, m: Mods, loads: bool) -> None:
 
 
 def _mma(e: Emitter, ins: Instr, m: Mods) -> None:
-    """mma with A and B in shared memory, accumulator in tensor memory."""
+    """mma: B in shared memory, A there or in tensor memory, accumulator in tensor memory."""
     for mod, what in (("ws", "weight-stationary products"), ("sp", "sparse matrices"), ("block_scale", "block scales")):
         if m.flag(mod):
             raise m.refuse(f"{ins.name}: {what} are not implemented by the emulator")
@@ -92,15 +92,15 @@ def _mma(e: Emitter, ins: Instr, m: Mods) -> None:
     if not kind:
         raise m.refuse()
     m.flag("collector::a::discard", "collector::a::lastuse", "collector::a::fill", "collector::a::use")
-    if isinstance(ins.args[1], Address):
-        raise m.refuse(f"{ins.name}: A in tensor memory is not implemented by the emulator")
     if any(isinstance(each, Vector) for each in ins.args):
         raise m.refuse(f"{ins.name}: a disable-output-lane mask is not implemented by the emulator")
     if len(ins.args) != 5:
         raise m.refuse(f"{ins.name}: scale-input-d is not implemented by the emulator")
     d, a, b, form, add = ins.args
-    for each in (a, b, form, add):
+    from_tmem = isinstance(a, Address)
+    for each in (b, form, add) if from_tmem else (a, b, form, add):
         e.check_set(each, "an operand of tcgen05.mma")
     where = address(e, d, "shared")
-    operands = [e.use(a, "b64"), e.use(b, "b64"), e.use(form, "b32"), e.use(add, "pred")]
-    e.emit(f"B.tensor_cores.mma({e.lanes}, {ins.line}, {_KINDS[kind]!r}, {where}, {', '.join(operands)})")
+    left = address(e, a, "shared") if from_tmem else e.use(a, "b64")
+    operands = [left, e.use(b, "b64"), e.use(form, "b32"), e.use(add, "pred")]
+    e.emit(f"B.tensor_cores.mma({e.lanes}, {ins.line}, {_KINDS[kind]!r}, {where}, {', '.join(operands)}, {from_tmem})")

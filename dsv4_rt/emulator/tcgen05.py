@@ -9,6 +9,7 @@ so that knowing a later one is knowing the earlier.
 
     M = 128 (layout D)   row m in TMEM lane m
     M = 64 (layout F)    row m in lane 32 (m/16) + m%16, 16 further if the address names lane 16
+    A in TMEM            rows as those of D, k ascending from the low end of 8 columns
     column               that of the address + n; an f16 result is the low half of its cell
 
 Sums: nobody has measured a B200 here. Products and sum of one instruction are taken exactly (in fp64), the accumulator
@@ -31,7 +32,7 @@ from dsv4_rt.emulator.async_ import DONE, Op, Span
 from dsv4_rt.emulator.descriptors import MatrixDescriptor, decode_tcgen05
 from dsv4_rt.emulator.inflight import Completion, Entry
 from dsv4_rt.emulator.memory import SHARED_FIRST, LaneFault
-from dsv4_rt.emulator.mma import BYTES, exact_dot
+from dsv4_rt.emulator.mma import BYTES, element_type, exact_dot
 from dsv4_rt.emulator.tiles import Operand
 from dsv4_rt.emulator.tmem import STRIP
 from dsv4_rt.emulator.wgmma import check_rank, reach
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 _ONE = np.zeros(1, np.int64)  # position 0: the lane at fault
 _FACTORS = {"f16": ("f16", "bf16"), "tf32": (None, None, "tf32"), "f8f6f4": ("e4m3", "e5m2", "e2m3", "e3m2", "e2m1")}
+_A_COLUMNS = 8  # 32 bytes of k
 _NARROW = ("e2m3", "e3m2", "e2m1")
 
 
@@ -98,6 +100,23 @@ def decode_instruction(bits: int, kind: str) -> InstructionDescriptor:
     return InstructionDescriptor(m, n, (factors[0], factors[1], "f32" if code else "f16"), negative, mn_major)
 
 
+def _rows(m: int, first: int) -> Any:
+    """The TMEM lanes of the rows of A or D; `first` is the lane of its address."""
+    row = np.arange(64)
+    return slice(0, 128) if m == 128 else row // 16 * 32 + row % 16 + first
+
+
+def _strips(m: int, first: int) -> slice:
+    """The strips these lanes are."""
+    return slice(0, 8) if m == 128 else slice(first // STRIP, 8, 2)
+
+
+def _check_lane(what: str, m: int, address: int) -> None:
+    if address >> 16 not in ((0,) if m == 128 else (0, STRIP)):
+        wanted = "0" if m == 128 else f"0 or {STRIP}"
+        raise EmulatorError(f"the address {address:#x} of {what} names TMEM lane {address >> 16}; {wanted} is wanted")
+
+
 class TensorCores:
     """The tcgen05 operations of a batch."""
 
@@ -110,13 +129,17 @@ class TensorCores:
         self.entries: dict[tuple[int, int, int], Entry] = {}  # the latest that reads a range, by thread
 
     def mma(
-        self, lanes: Array, line: int, kind: str, address: Array, a: Array, b: Array, form: Array, add: Array
-    ) -> None:
-        """tcgen05.mma of each of these threads. Arguments: one a lane, `form` the instruction descriptors."""
+        self, lanes: Array, line: int, kind: str, address: Array, a: Array, b: Array, form: Array, add: Array,
+        from_tmem: bool,
+    ) -> None:  # fmt: skip
+        """tcgen05.mma of each of these threads. Arguments: one a lane, `form` the instruction descriptors.
+
+        from_tmem: `a` are addresses of tensor memory.
+        """
         for i in range(len(lanes)):
             values = [int(each[i if len(each) > 1 else 0]) for each in (address, a, b, form, add)]
             try:
-                self._start(int(lanes[i]), line, kind, values)
+                self._start(int(lanes[i]), line, kind, values, from_tmem)
             except (KernelFault, UnsupportedInstruction):
                 raise  # of an operation, under the early schedule; of a field
             except EmulatorError as error:
@@ -124,25 +147,25 @@ class TensorCores:
             except LaneFault as error:
                 raise LaneFault(error.what, np.array([i])) from None
 
-    def _start(self, lane: int, line: int, kind: str, values: list[int]) -> None:
+    def _start(self, lane: int, line: int, kind: str, values: list[int], from_tmem: bool) -> None:
         batch, tmem = self.batch, self.batch.tmem
         address, a, b, bits, add = values
         cta, form = int(batch.cta[lane]), decode_instruction(bits, kind)
         reads: list[Span] = []
         places: list[Array] = []
         operands: list[Operand] = []
-        for what, rows, word, ty, major in zip(
-            "AB", (form.m, form.n), (a, b), form.types, form.mn_major, strict=False
-        ):
+        sides = list(zip("AB", (form.m, form.n), (a, b), form.types, form.mn_major, strict=False))
+        for what, rows, word, ty, major in sides[from_tmem:]:
             place, ranges = self._place(word, what, rows, form.depth, BYTES[ty], major)
             reads += [Span(cta, lo, hi) for lo, hi in ranges]
             places.append(place + (cta * batch.shared.stride - SHARED_FIRST) // BYTES[ty])
             operands.append(Operand(what, decode_tcgen05(word), rows, BYTES[ty], major))
             check_rank(operands[-1], cta % batch.cluster_size)
+        if from_tmem:
+            self._claim_a(lane, cta, a, form)
         number = self._claim(lane, cta, address, form, bool(add))
-        slab, first, column = tmem.slab(cta), address >> 16, address & 0xFFFF
-        rows_of_d = slice(0, 128) if form.m == 128 else np.arange(64) // 16 * 32 + np.arange(64) % 16 + first
-        columns = slice(column, column + form.n)
+        slab, column = tmem.slab(cta), address & 0xFFFF
+        rows_of_d, columns = _rows(form.m, address >> 16), slice(column, column + form.n)
 
         def read() -> list[Array]:
             tiles = batch.shared.tiles
@@ -151,7 +174,11 @@ class TensorCores:
             if wrong is not None:
                 place = batch.engine.place(wrong[0])
                 raise LaneFault(f"tcgen05.mma: {wrong[1]}; the copy was issued at{place}", _ONE)
-            return [self._take(place, ty, what) for place, ty, what in zip(places, form.types, "AB", strict=False)]
+            taken = [self._take(place, side[3], side[0]) for place, side in zip(places, sides[from_tmem:], strict=True)]
+            if from_tmem:
+                cells = slab.cells[_rows(form.m, a >> 16), a & 0xFFFF : (a & 0xFFFF) + _A_COLUMNS]
+                taken.insert(0, np.ascontiguousarray(cells).view(element_type(form.types[0])).T)
+            return taken
 
         def write(data: list[Array]) -> None:
             d = slab.cells[rows_of_d, columns]
@@ -167,6 +194,8 @@ class TensorCores:
         op.sources.phases = op.sources.phases or []
         tmem.products.append(op)
         assert number == len(tmem.products)
+        if from_tmem:
+            tmem.slab(cta).readers[_strips(form.m, a >> 16), a & 0xFFFF : (a & 0xFFFF) + _A_COLUMNS] = number
         self.forms[number] = address, form, lane
         self.last[lane] = op
         batch.engine.issue(op)
@@ -183,10 +212,8 @@ class TensorCores:
         """Check the accumulator as of the issue, and mark it; returns the operation's number."""
         tmem, first, column = self.batch.tmem, address >> 16, address & 0xFFFF
         slab, lanes = tmem.slab(cta), np.array([lane])
-        if first not in ((0,) if form.m == 128 else (0, STRIP)):
-            wanted = "0" if form.m == 128 else f"0 or {STRIP}"
-            raise EmulatorError(f"the accumulator's address {address:#x} names TMEM lane {first}; {wanted} is wanted")
-        strips = slice(0, 8) if form.m == 128 else slice(first // STRIP, 8, 2)
+        _check_lane("the accumulator", form.m, address)
+        strips = _strips(form.m, first)
         used = np.arange(column, column + form.n)
         tmem.check_owned(slab, used, "tcgen05.mma", _ONE)
         for number in np.unique(slab.writers[strips, column : column + form.n]).tolist():
@@ -199,6 +226,7 @@ class TensorCores:
                 if not (alike and at == address and issuer == lane):
                     tmem.check_products(slab, strips, used, lanes, "tcgen05.mma", _ONE)
                     break
+        tmem.check_products(slab, strips, used, lanes, "tcgen05.mma", _ONE, True)
         tmem.check_accesses(slab, strips, used, lanes, "tcgen05.mma", ("ld", "st"), _ONE)
         rows = np.arange(128).reshape(8, STRIP)[strips].reshape(-1)
         there = slab.defined[rows[:, None], used]
@@ -214,6 +242,22 @@ class TensorCores:
         for records in slab.records.values():
             records[strips, column : column + form.n] = 0
         return number
+
+    def _claim_a(self, lane: int, cta: int, address: int, form: InstructionDescriptor) -> None:
+        """Check matrix A in tensor memory as of the issue."""
+        tmem, first = self.batch.tmem, address >> 16
+        _check_lane("matrix A", form.m, address)
+        if form.mn_major[0]:
+            raise EmulatorError("matrix A in tensor memory is K-major; the instruction descriptor says MN-major")
+        slab, strips, lanes = tmem.slab(cta), _strips(form.m, first), np.array([lane])
+        used = np.arange(_A_COLUMNS) + (address & 0xFFFF)
+        tmem.check_owned(slab, used, "tcgen05.mma, matrix A", _ONE)
+        tmem.check_products(slab, strips, used, lanes, "tcgen05.mma, matrix A,", _ONE)
+        tmem.check_accesses(slab, strips, used, lanes, "tcgen05.mma, matrix A", ("st",), _ONE)
+        there = slab.defined[np.arange(128)[_rows(form.m, first)][:, None], used]
+        if not there.all():
+            column = int(used[np.nonzero(~there)[1][0]])
+            raise EmulatorError(f"matrix A lies in undefined tensor memory: nothing has written column {column}")
 
     def _place(
         self, word: int, what: str, rows: int, depth: int, size: int, mn_major: bool

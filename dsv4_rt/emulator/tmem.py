@@ -70,6 +70,7 @@ class Slab:
         self.relinquished = 0  # PTX line
         strips = LANES // STRIP, COLUMNS
         self.writers = np.zeros(strips, np.int32)  # number of the last operation that writes there
+        self.readers = np.zeros(strips, np.int32)  # of the last that takes A from there
         self.records = {"ld": np.zeros(strips, I64), "st": np.zeros(strips, I64)}  # the last of each
 
 
@@ -151,8 +152,10 @@ class TensorMemory:
                 raise LaneFault(f"tcgen05.dealloc of {count} columns; {found[0]} were allocated at{place}", bad)
             everywhere, mine_columns = slice(0, LANES // STRIP), np.arange(base, base + count)
             self.check_products(slab, everywhere, mine_columns, mine, "tcgen05.dealloc", bad)
+            self.check_products(slab, everywhere, mine_columns, mine, "tcgen05.dealloc", bad, True)
             self.check_accesses(slab, everywhere, mine_columns, mine, "tcgen05.dealloc", ("ld", "st"), bad)
             slab.writers[:, base : base + count] = 0
+            slab.readers[:, base : base + count] = 0
             for records in slab.records.values():
                 records[:, base : base + count] = 0
             del slab.live[base]
@@ -191,9 +194,12 @@ class TensorMemory:
                 f"out of bounds: {what} of TMEM column {wrong[0]}; this CTA has allocated {held or 'none'}", bad
             )
 
-    def check_products(self, slab: Slab, strips: slice, columns: Array, lanes: Array, what: str, bad: Array) -> None:
-        """What operations of the tensor core write there must be known to be complete."""
-        for number in np.unique(slab.writers[strips][:, columns]).tolist():
+    def check_products(
+        self, slab: Slab, strips: slice, columns: Array, lanes: Array, what: str, bad: Array, reader: bool = False
+    ) -> None:
+        """The operations of the tensor core that write there, or with `reader` take A, must be known to be complete."""
+        numbers = slab.readers if reader else slab.writers
+        for number in np.unique(numbers[strips][:, columns]).tolist():
             if not number:
                 continue
             op = self.products[number - 1]
@@ -201,8 +207,9 @@ class TensorMemory:
                 state = "has not completed"
                 if op.state == DONE:
                     state = "has completed, but this thread has not waited for its tcgen05.commit"
+                touched = "overwrites matrix A" if reader else "touches the accumulator"
                 raise LaneFault(
-                    f"{what} touches the accumulator of an asynchronous tcgen05.mma that {state}, issued at"
+                    f"{what} {touched} of an asynchronous tcgen05.mma that {state}, issued at"
                     f"{self.batch.engine.place(op.line)}",
                     bad,
                 )
@@ -282,6 +289,7 @@ class TensorMemory:
             bad = np.arange(at, at + 32)
             slab, rows, columns, strips, used = self._place(what, mine, where, shape, count, split, bad)
             self.check_products(slab, strips, used, mine, what, bad)
+            self.check_products(slab, strips, used, mine, what, bad, True)
             self.check_accesses(slab, strips, used, mine, what, ("ld",), bad)
             slab.cells[rows, columns] = data[:, at : at + 32]
             slab.defined[rows, columns] = True

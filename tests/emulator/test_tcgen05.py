@@ -351,7 +351,6 @@ def test_matrix_descriptors():
 REFUSED = {
     "tcgen05.mma.cta_group::2.kind::f16 [r], d, d, r, p;": "cta_group::2",
     "tcgen05.mma.ws.cta_group::1.kind::f16 [r], d, d, r, p;": "weight-stationary",
-    "tcgen05.mma.cta_group::1.kind::f16 [r], [r], d, r, p;": "A in tensor memory",
     "tcgen05.mma.cta_group::1.kind::f16 [r], d, d, r, {r, r, r, r}, p;": "disable-output-lane mask",
     "tcgen05.mma.cta_group::1.kind::f16 [r], d, d, r, p, 3;": "scale-input-d",
     "tcgen05.mma.cta_group::1.kind::i8 [r], d, d, r, p;": "kind::i8",
@@ -377,3 +376,66 @@ def test_is_refused_by_name(line):
     assert "PTX line 7" in str(caught.value)
 
 
+
+
+# A in tensor memory.
+
+WAIT_ST = '    asm volatile("tcgen05.wait::st.sync.aligned;" ::: "memory");\n    __syncthreads();\n'
+WAIT_MMA = '    asm volatile("{ .reg .pred P'
+STORE_A = (
+    '    asm volatile("tcgen05.st.sync.aligned.32x32b.x1.b32 [%0], {%1};\\ntcgen05.wait::st.sync.aligned;"'
+    ' :: "r"(at + 130), "r"(0) : "memory");\n'
+)
+
+
+def product_of_tmem(m, lane, completion, rng, edit=lambda text: text):
+    """Run D += A B with A [m, 32] in TMEM from column 128 on; returns (D, wanted)."""
+    n, depth = 32, 32
+    a, b = rng.integers(-4, 5, (m, depth)), rng.integers(-4, 5, (n, depth))
+    right, db, step_b = layout(bits_of("bf16", b), 0, 64)
+    rows = np.arange(128) if m == 128 else np.concatenate([32 * w + lane + np.arange(16) for w in range(4)])
+    before = rng.integers(-100, 100, (128, 256))
+    start = bits_of("f32", before).astype(np.uint32)
+    start[rows, 128:144] = bits_of("bf16", a).view(np.uint32)
+    form = np.uint32(1 << 4 | 1 << 7 | 1 << 10 | n >> 3 << 17 | m >> 4 << 24)
+    source = PRODUCT.replace("[%0], %1, %2, %3, 1;", "[%0], [%1], %2, %3, 1;")
+    source = source.replace('"l"(da + (i * step_a >> 4))', '"r"(base + 128 + (LANE << 16) + i * step_a)')
+    source = edit(source.replace("KIND", "f16").replace("LANE", str(lane)))
+    source = PRELUDE + source.replace("BYTES_A", "16").replace("BYTES_B", str(right.nbytes))
+    d = np.full((128, 256), 0xFFFFFFFF, np.uint32)
+    image = np.frombuffer(right.tobytes(), np.uint8).copy()
+    machine = Machine("sm_100a", completion=completion, seed=int(rng.integers(1 << 30)))
+    sizes = np.int32(8), np.int32(step_b), np.int32(2)
+    source = source.replace("tiles + 16", "tiles + 1024")
+    run_ptx(compile_ptx(source, "sm_100a"), "k", 1, 128, np.zeros(16, np.uint8), image, d, start, np.uint64(0), db,
+            form, *sizes, machine=machine, shared=right.nbytes + 1024)  # fmt: skip
+    return d.view(np.float32)[rows, :n], before[rows, :n] + a @ b.T
+
+
+@pytest.mark.parametrize(("m", "lane"), [(128, 0), (64, 0), (64, 16)])
+@all_schedules
+def test_a_in_tensor_memory(m, lane, completion, rng):
+    np.testing.assert_array_equal(*product_of_tmem(m, lane, completion, rng))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (WAIT_ST, "    __syncthreads();\n", "missing tcgen05.wait::st"),
+        (WAIT_ST, WAIT_ST.split("    __")[0], "nothing orders it after the tcgen05.wait::st"),
+        (WAIT_MMA, STORE_A + WAIT_MMA, "overwrites matrix A of an asynchronous tcgen05.mma that"),
+        ("n < 256; ++n)\n        asm volatile(\"tcgen05.st", "n < 128; ++n)\n        asm volatile(\"tcgen05.st",
+         "matrix A lies in undefined tensor memory"),
+        ("base + 128 +", "base + 252 +", "out of bounds: tcgen05.mma, matrix A|of TMEM column"),
+        ("base + 128 +", "base + 128 + (8 << 16) +", "of matrix A names TMEM lane"),
+    ],
+)  # fmt: skip
+@all_schedules
+def test_a_in_tensor_memory_misused(old, new, message, completion, rng):
+    def edit(text):
+        assert text.count(old) == 1
+        return text.replace(old, new)
+
+    with pytest.raises(KernelFault, match=message) as caught:
+        product_of_tmem(128, 0, completion, rng, edit)
+    assert re.search(r"PTX line \d+: .*\n  .*program\.cu:\d+", str(caught.value))

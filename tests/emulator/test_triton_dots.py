@@ -13,7 +13,6 @@ from programs import run_ptx
 
 from dsv4_rt.emulator import Machine
 from dsv4_rt.emulator.tensormap import encode
-from dsv4_rt.errors import UnsupportedInstruction
 
 pytestmark = all_schedules
 
@@ -44,7 +43,6 @@ def launch(request, completion, rng):
         machine = Machine(request.param, completion=completion, seed=int(rng.integers(1 << 30)))
         return run_ptx(ptx, entry, grid, threads, *args, room, np.uint64(0), machine=machine, shared=shared)
 
-    run.arch = request.param
     return run
 
 
@@ -149,12 +147,7 @@ def test_attention(launch, rng):
     q, k, v = (normal(rng, L, D) for _ in range(3))
     out = poisoned(L, D)
     scale = np.float32(0.125)
-    arguments = bits(q), bits(k), bits(v), out, np.int32(L), scale
-    if launch.arch == "sm_100a":
-        with pytest.raises(UnsupportedInstruction, match="A in tensor memory"):
-            launch("attention", (3, 1), *arguments)
-        return
-    launch("attention", (3, 1), *arguments)
+    launch("attention", (3, 1), bits(q), bits(k), bits(v), out, np.int32(L), scale)
     scores, size = product(q, k)
     p = np.exp((scores - scores.max(1, keepdims=True)) * 0.125)
     values = v.astype(np.float64)
