@@ -122,7 +122,7 @@ class Engine:
         Raises:
             LaneFault: it reads what is not known to be there, or overwrites what may still be read.
         """
-        if not op.barriers:
+        if not op.barriers and op.sources is None:
             parties = op.parties or (op.lane,)
             op.sources = Completion(parties)
             op.results = op.sources if not op.reads or not op.writes else Completion(parties)

@@ -38,7 +38,9 @@ from dsv4_rt.emulator.mbarrier import Mbarriers
 from dsv4_rt.emulator.memory import LOCAL_FIRST, LaneFault, LaneMemory
 from dsv4_rt.emulator.races import Races, RacyGeneric, RacyShared
 from dsv4_rt.emulator.report import LaunchReport, Triple, fault, where
+from dsv4_rt.emulator.tcgen05 import TensorCores
 from dsv4_rt.emulator.tiles import Tiles
+from dsv4_rt.emulator.tmem import TensorMemory
 from dsv4_rt.emulator.waits import Waits
 from dsv4_rt.emulator.watched import WatchedMemory
 from dsv4_rt.emulator.wgmma import Warpgroups
@@ -142,6 +144,8 @@ class Batch:
         self.engine = Engine(self, machine.completion, machine.dice)
         self.mbarriers = Mbarriers(self)
         self.warpgroups = Warpgroups(self)
+        self.tmem = TensorMemory(self)
+        self.tensor_cores = TensorCores(self)
         if program.tiled:
             self.shared.tiles = Tiles(count * self.shared.stride >> 4)
         self.generic: RacyGeneric = RacyGeneric(self.memory, self.shared, self.local)
@@ -579,7 +583,7 @@ class Batch:
                 self._return(key, int(to), group.lanes[back == to])
         elif block.kind in ("ret", "exit"):
             self.alive[group.lanes] = False
-            leaving = self.engine.left_reading(group.lanes)
+            leaving = self.engine.left_reading(group.lanes) or self.tmem.left(group.lanes)
             if leaving is not None:
                 raise self.fault(leaving[0], block.end, np.array([leaving[1]]))
             if self.clusters is not None:

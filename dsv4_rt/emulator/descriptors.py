@@ -28,11 +28,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dsv4_rt.errors import EmulatorError
+from dsv4_rt.errors import EmulatorError, UnsupportedInstruction
 
 Array = npt.NDArray[Any]
 SWIZZLES = (0, 32, 64, 128)  # bytes of the pattern; 0 is none
 _HOPPER = {0: 0, 1: 128, 2: 64, 3: 32}  # bits 62-63
+_BLACKWELL = {0: 0, 2: 128, 4: 64, 6: 32}  # bits 61-63
 
 
 def swizzle(address: Array, width: int, base_offset: int = 0) -> Array:
@@ -65,6 +66,25 @@ def decode(bits: int) -> MatrixDescriptor:
         raise EmulatorError(f"matrix descriptor {bits:#018x}: reserved bits {reserved:#x} are set ({why})")
     start, leading, stride = ((bits >> at & 0x3FFF) << 4 for at in (0, 16, 32))
     return MatrixDescriptor(start, leading, stride, bits >> 49 & 7, _HOPPER[bits >> 62])
+
+
+def decode_tcgen05(bits: int) -> MatrixDescriptor:
+    """A descriptor of tcgen05.mma. Raises EmulatorError where the ISA forbids a field, UnsupportedInstruction else."""
+    name = f"matrix descriptor {bits:#018x}"
+    reserved = bits & ((3 << 14) | (3 << 30) | (0xFF << 53))
+    if reserved & ((3 << 14) | (3 << 30)):
+        why = "an address of more than 18 bits, which spills into the next field: mask it with 0x3FFFF"
+        raise EmulatorError(f"{name}: reserved bits {reserved:#x} are set ({why})")
+    if reserved or bits >> 46 & 7 != 1:
+        why = f"bits 46-48 must be 0b001 and are {bits >> 46 & 7:#05b}, bits 53-60 must be 0"
+        raise EmulatorError(f"{name}: {why} (a descriptor for wgmma?)")
+    if bits >> 52 & 1 or bits >> 61 == 1:
+        what = "an absolute leading offset (bit 52)" if bits >> 52 & 1 else "the 128B swizzle of 32-byte atoms"
+        raise UnsupportedInstruction(f"{name}: {what} is not implemented by the emulator")
+    if bits >> 61 not in _BLACKWELL:
+        raise EmulatorError(f"{name}: swizzle {bits >> 61} (bits 61-63) does not exist")
+    start, leading, stride = ((bits >> at & 0x3FFF) << 4 for at in (0, 16, 32))
+    return MatrixDescriptor(start, leading, stride, bits >> 49 & 7, _BLACKWELL[bits >> 61])
 
 
 @lru_cache(maxsize=4096)

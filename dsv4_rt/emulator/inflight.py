@@ -43,15 +43,17 @@ class Completion:
 
     parties: lanes that must all have observed it; empty where one observation is as good as any (an mbarrier's phase).
     later: the completion of the next phase, whose observers know this one too.
+    phases: of a tcgen05.commit: those of the mbarriers it has arrived on; who knows one of them knows this.
     """
 
-    __slots__ = ("later", "parties", "records", "seen")
+    __slots__ = ("later", "parties", "phases", "records", "seen")
 
     def __init__(self, parties: tuple[int, ...] = ()) -> None:
         self.parties = parties
         self.records: list[tuple[int, int]] = []
         self.seen: Array | None = None
         self.later: Completion | None = None
+        self.phases: list[Completion] | None = None
 
 
 class Entry:
@@ -168,6 +170,12 @@ class Flight:
                     return left
             return _NONE
         at: Completion | None = seen
+        if seen.phases is not None:
+            while at is not None and len(left):
+                for phase in at.phases or ():
+                    left = left[self.unknown(phase, lanes[left])]
+                at = at.later
+            return left
         while at is not None and len(left):
             if at.seen is not None:
                 left = left[~at.seen[lanes[left]]]
@@ -199,6 +207,8 @@ class Flight:
         """Whether a barrier of the whole CTA has told all its threads."""
         if seen is None:
             return False
+        if seen.phases is not None:
+            return any(self._everyone(phase, cta) for phase in seen.phases)
         batch = self.batch
         whole = int(batch.races.whole[cta])
         told = {lane >> 5 for tick, lane in seen.records if tick <= whole and int(batch.cta[lane]) == cta}

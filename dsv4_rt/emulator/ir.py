@@ -212,6 +212,8 @@ _NO_RESULT = frozenset(
 def has_result(ins: Instr) -> bool:
     if ins.op in ("bar", "barrier"):
         return "red" in ins.mods
+    if ins.op == "tcgen05":
+        return "ld" in ins.mods
     return ins.op not in _NO_RESULT and bool(ins.args) and not isinstance(ins.args[0], Address)
 
 
@@ -236,6 +238,8 @@ ENDS = frozenset({"bra", "ret", "exit", "trap", "brkpt", "call", "brx"})
 
 def is_warp_sync(ins: Instr) -> bool:
     """Whether the named lanes of a warp meet at this instruction."""
+    if ins.op == "tcgen05":
+        return "sync" in ins.mods
     if ins.op in WARP_SYNC:
         return not is_warpgroup_sync(ins)
     return (ins.op in ("bar", "barrier") and "warp" in ins.mods) or is_cluster_arrive(ins)
@@ -263,7 +267,7 @@ def fragments(ins: Instr) -> list[Reg]:
 
 def sync_mask(ins: Instr) -> Operand:
     """The mask operand of a warp-wide instruction."""
-    return Number(0xFFFFFFFF) if ins.op in UNMASKED or is_cluster_arrive(ins) else ins.args[-1]
+    return Number(0xFFFFFFFF) if ins.op in {*UNMASKED, "tcgen05"} or is_cluster_arrive(ins) else ins.args[-1]
 
 
 def is_wait(ins: Instr) -> bool:

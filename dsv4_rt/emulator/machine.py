@@ -21,6 +21,7 @@ from dsv4_rt.emulator import (  # noqa: F401  isa_*: they register the instructi
     isa_cluster,
     isa_memory,
     isa_mma,
+    isa_tcgen05,
     isa_tma,
 )
 from dsv4_rt.emulator.async_ import COMPLETIONS
@@ -85,7 +86,7 @@ class Program:
     functions: dict[int, str]  # what a pointer to a function holds -> its name
     shared_bytes: int
     local_bytes: int
-    tiled: bool = False  # whether TMA writes tiles and wgmma reads them: see `tiles.py`
+    tiled: bool = False  # whether TMA writes tiles and wgmma or tcgen05.mma reads them: see `tiles.py`
     proxied: bool = False  # whether something reads shared memory through the async proxy
     symbols: dict[int, str] = field(default_factory=dict)  # shared offset -> variable
     namespace: dict[str, Any] = field(default_factory=new_namespace)
@@ -211,7 +212,7 @@ def _build(module: Module, name: str, clustered: bool) -> Program:
         ptx, ptx.functions[name], blocks, first, layouts, registers, pointers, shared[1], STACK if calls else 0
     )
     ops = {(ins.op, mod) for function in order for ins in function.instrs for mod in ins.mods}
-    program.tiled = ("wgmma", "mma_async") in ops and ("cp", "tensor") in ops
+    program.tiled = bool({("wgmma", "mma_async"), ("tcgen05", "mma")} & ops) and ("cp", "tensor") in ops
     program.proxied = any(_reads_by_proxy(ins) for function in order for ins in function.instrs)
     program.symbols = {shared[0][id(var)]: var.name for var in shared[2]}
     program.namespace["watch_global"] = isinstance(module.memory, WatchedMemory)

@@ -272,6 +272,17 @@ class Mbarriers:
             self._expect(barrier, -nbytes, lanes, _ALL)
             self._settle(barrier)
 
+    def committed(self, position: int, lane: int, row: Array, phases: list[Completion]) -> None:
+        """tcgen05.commit arrives once; the current phase, added to `phases`, tells of what it covers.
+
+        row: what the thread knew when it committed, which the arrival releases.
+        """
+        lanes = np.array([lane])
+        barrier = self.live.get(position) or self.find(position, lanes, _ALL, "tcgen05.commit")
+        phases.append(barrier.complete)
+        barrier.gathered = row if barrier.gathered is None else np.maximum(barrier.gathered, row)
+        self._arrive(barrier, np.ones(1, I64), False, False, True, lanes, _ALL)
+
     def _settle(self, barrier: Barrier) -> None:
         """Begin the next phase if nothing is pending."""
         if barrier.pending or barrier.tx:

@@ -157,6 +157,25 @@ def dot(
     return _round(total, special, types[2], unit)
 
 
+def exact_dot(a: Array, b: Array, c: Array | None, types: tuple[str, str, str], negative: bool = False) -> Array:
+    """d = a b + c, products and sum in float64, then truncated to fp32 once, or rounded to nearest in f16.
+
+    Args:
+        a, b: [K, M] and [K, N] bits. c: [M, N] bits, or None for zeros.
+        negative: subtract the products instead.
+
+    Returns:
+        d: [M, N] bits of the accumulator's type.
+    """
+    va, vb = (_numbers(ty, bits)[0].astype(F64) for ty, bits in zip(types, (a, b), strict=False))
+    total = (-va if negative else va).T @ vb
+    if c is not None:
+        total = total + _accumulator(types[2], c)
+    finite = np.isfinite(total)
+    special = None if finite.all() else np.where(finite, 0.0, total)
+    return _round(total if special is None else np.where(finite, total, 0.0), special, types[2], WIDE)
+
+
 _kept = threading.local()
 
 

@@ -72,7 +72,7 @@ class Form:
 
 
 @lru_cache(maxsize=4096)
-def _reach(
+def reach(
     d: MatrixDescriptor, rows: int, depth: int, size: int, mn_major: bool
 ) -> tuple[Array, list[tuple[int, int]]]:
     """(addresses [depth, rows] in elements, ranges of bytes [lo, hi)); small gaps are joined."""
@@ -97,7 +97,7 @@ class Running:
     waiting: set[int]  # warps
 
 
-def _check_rank(matrix: Operand, rank: int) -> None:
+def check_rank(matrix: Operand, rank: int) -> None:
     """Shared addresses of a CTA in a cluster have its rank in bits 24 and up; in a descriptor those are the leading
     offset, which a swizzled K-major matrix does not use: the bug shows with other layouts only."""
     field = matrix.descriptor.leading >> 4
@@ -281,7 +281,7 @@ class Warpgroups:
             reads += [Span(cta, lo, hi) for lo, hi in ranges]
             places.append(place + (cta * batch.shared.stride - SHARED_FIRST) // BYTES[ty])
             operands.append(Operand(what, decode(word), rows, BYTES[ty], mn_major))
-            _check_rank(operands[-1], cta % batch.cluster_size)
+            check_rank(operands[-1], cta % batch.cluster_size)
         scale = bool(bits[-1])
 
         def read() -> list[Array]:
@@ -368,7 +368,7 @@ class Warpgroups:
         d = decode(word)
         # The pattern repeats every 1024 bytes of address.
         base = d.start & ~1023
-        place, ranges = _reach(
+        place, ranges = reach(
             MatrixDescriptor(d.start - base, d.leading, d.stride, d.base_offset, d.swizzle), rows, depth, size, mn_major
         )
         lo, hi = base + ranges[0][0], base + ranges[-1][1]

@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 KEPT = HERE / "kept"
 ARCHITECTURES = ("sm_90a", "sm_100a")
 CCCL = ("cub_blocks", "groups_atomics", "async_copies", "cluster_groups")
-TRITON_SOURCES = {"triton_programs": ARCHITECTURES, "triton_dots": ("sm_90a",)}  # the products are wgmma's
+TRITON_SOURCES = {"triton_programs": ARCHITECTURES, "triton_dots": ARCHITECTURES}
 TRITON = "3.9.0"  # as pyproject.toml names it: another version compiles to other programs
 PTX_VERSION = 90
 

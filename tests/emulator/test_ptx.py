@@ -172,7 +172,7 @@ def test_used_bytes_mask_excuses_uninitialised_bytes():
         ("frobnicate.u32 %r2, %r1;", "instruction frobnicate.u32 is not implemented"),
         ("add.u32.weird %r2, %r1, %r1;", "modifier .weird of add.u32.weird is not implemented"),
         ("mov.u32 %r2, %pm0;", "register %pm0 is not known"),
-        ("tcgen05.wait::ld.sync.aligned;", "instruction tcgen05.wait::ld.sync.aligned is not implemented"),
+        ("tcgen05.shift.cta_group::1.down [%r1];", "tcgen05.shift.cta_group::1.down is not implemented"),
         ("cp.async.ca.frob.shared.global [%r1], [%rd2], 16;", "modifier .frob of cp.async.ca.frob"),
         ("call.uni foo;", "a call of foo, which this module does not define"),
         (".frob 3;", "directive .frob is not implemented"),

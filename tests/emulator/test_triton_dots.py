@@ -1,4 +1,4 @@
-"""Products that Triton pipelines for a Hopper SM (triton_dots.py), by cp.async or TMA and wgmma, against NumPy."""
+"""Products that Triton pipelines (triton_dots.py), by cp.async or TMA and wgmma or tcgen05, against NumPy."""
 
 import re
 
@@ -7,7 +7,7 @@ import pytest
 from asynchronous import all_schedules
 from foreign import kept
 from hopper_kernels import compare, integers, normal, product
-from keep import triton_programs, triton_source
+from keep import ARCHITECTURES, triton_programs, triton_source
 from ml_dtypes import bfloat16, float8_e4m3fn
 from programs import Scratch, aligned, run_ptx
 
@@ -15,25 +15,24 @@ from dsv4_rt.emulator import Machine
 from dsv4_rt.tensor_map import TensorMap
 
 pytestmark = all_schedules
-ARCH = "sm_90a"
 
 
 def bits(array):
     return aligned(array.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[array.itemsize]))
 
 
-@pytest.fixture
-def launch(completion, rng):
+@pytest.fixture(params=ARCHITECTURES)
+def launch(request, completion, rng):
     """launch(name, grid, *args): a kept program; arrays are 128-byte aligned, scratch comes behind the arguments."""
 
     def run(name, grid, *args):
-        ptx, shared = kept(name, ARCH)
+        ptx, shared = kept(name, request.param)
         entry = re.search(r"\.entry (\w+)\(", ptx)[1]
         threads = int(re.search(r"\.reqntid (\d+)", ptx)[1])
         scratch = re.match(r".*scratch (\d+)", ptx)
         size = int(scratch[1]) * int(np.prod(grid)) if scratch else 0
         room = aligned(np.zeros(size, np.uint8)).view(Scratch) if size else np.uint64(0)
-        machine = Machine(ARCH, completion=completion, seed=int(rng.integers(1 << 30)))
+        machine = Machine(request.param, completion=completion, seed=int(rng.integers(1 << 30)))
         return run_ptx(ptx, entry, grid, threads, *args, room, np.uint64(0), machine=machine, shared=shared)
 
     return run

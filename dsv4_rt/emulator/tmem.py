@@ -1,0 +1,310 @@
+"""Tensor memory (TMEM): 128 lanes x 512 columns of 32 bits for each CTA, its allocation, tcgen05.ld and st.
+
+An address is lane << 16 | column. Each CTA is given an SM of its own; columns are handed out from the top, so that the
+base is 0 only when it must be, and hold NaN and the mark "undefined" until something writes them.
+
+    32x32b      lane l, register r of warp w:  TMEM lane 32 (w%4) + l, column r
+    16x64b      row l/4 + 8 (l%2), column l/2%2 + 2 r              (16 lanes: the address says which half of the 32)
+    16x128b     row l/4 + 8 (r%2), column l%4 + 4 (r/2)
+    16x256b     row l/4 + 8 (r/2%2), column r%2 + 2 (l%4) + 8 (r/4)
+    16x32bx2    row l%16, column r, for l >= 16 further on by the immediate
+
+ld and st move their data at once; what makes them asynchronous is checked instead: until the warp's wait::ld or
+wait::st nobody may reuse what they touch, and the reuse must be ordered after that wait. Operations of the tensor core
+(`tcgen05.py`) are known by number; who touches what one writes must know of its commit's phase. Knowledge is kept for
+strips of 16 lanes, column by column.
+
+Source: PTX ISA, "Tensor Memory"; the tables of TVM's documentation of tcgen05.ld. No B200 has judged it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dsv4_rt.emulator.async_ import DONE, Op
+from dsv4_rt.emulator.memory import LaneFault
+
+if TYPE_CHECKING:
+    from dsv4_rt.emulator.batch import Batch
+
+Array = npt.NDArray[Any]
+I64, U32 = np.int64, np.uint32
+LANES, COLUMNS, STRIP = 128, 512, 16
+POISON = 0x7FFFFFFF  # NaN
+GRANULE = 32  # columns
+_SHIFT = 31  # a record is tick << 31 | lane
+_LANE = (1 << 30) - 1
+REGISTERS = {"32x32b": 1, "16x64b": 1, "16x128b": 2, "16x256b": 4, "16x32bx2": 1}  # a repetition
+
+
+@lru_cache(maxsize=256)
+def pattern(shape: str, count: int, split: int) -> tuple[Array, Array]:
+    """(TMEM lanes, columns) relative to the address, [registers, 32]."""
+    lane, r = np.arange(32)[None, :], np.arange(count)[:, None]
+    zero = np.zeros((count, 32), I64)
+    if shape == "32x32b":
+        return lane + zero, r + zero
+    if shape == "16x64b":
+        return lane // 4 + 8 * (lane % 2) + zero, lane // 2 % 2 + 2 * r
+    if shape == "16x128b":
+        return lane // 4 + 8 * (r % 2), lane % 4 + 4 * (r // 2)
+    if shape == "16x256b":
+        return lane // 4 + 8 * (r // 2 % 2), r % 2 + 2 * (lane % 4) + 8 * (r // 4)
+    return lane % 16 + zero, r + split * (lane // 16)
+
+
+class Slab:
+    """The tensor memory of one CTA."""
+
+    def __init__(self) -> None:
+        self.cells = np.full((LANES, COLUMNS), POISON, U32)
+        self.defined = np.zeros((LANES, COLUMNS), np.bool_)
+        self.live: dict[int, tuple[int, int]] = {}  # base -> (columns, PTX line)
+        self.owned = np.zeros(COLUMNS, np.bool_)
+        self.freed: dict[int, int] = {}  # base -> PTX line
+        self.relinquished = 0  # PTX line
+        strips = LANES // STRIP, COLUMNS
+        self.writers = np.zeros(strips, np.int32)  # number of the last operation that writes there
+        self.readers = np.zeros(strips, np.int32)  # of the last that takes A from there
+        self.records = {"ld": np.zeros(strips, I64), "st": np.zeros(strips, I64)}  # the last of each
+
+
+class TensorMemory:
+    """The tensor memory of a batch."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self.slabs: dict[int, Slab] = {}
+        self.products: list[Op] = []  # number - 1 -> operation
+        self.waits: dict[str, dict[int, list[int]]] = {"ld": {}, "st": {}}  # warp -> ticks of its wait::ld, wait::st
+
+    def slab(self, cta: int) -> Slab:
+        """The tensor memory of a CTA of the batch."""
+        if cta not in self.slabs:
+            self.slabs[cta] = Slab()
+        return self.slabs[cta]
+
+    def _warps(self, lanes: Array, *values: Array) -> list[tuple[int, Array, list[int]]]:
+        """(position of its first lane, lanes, values, the same in all of them) of each warp."""
+        found = []
+        for at in range(0, len(lanes), 32):
+            part, mine = slice(at, at + 32), []
+            for value in values:
+                all_ = np.broadcast_to(value, lanes.shape)[part]
+                other = np.nonzero(all_ != all_[0])[0]
+                if len(other):
+                    what = f"{int(all_[0]):#x} in the first lane, {int(all_[other[0]]):#x} here"
+                    raise LaneFault(f"tcgen05: an operand differs among the threads of a warp: {what}", at + other)
+                mine.append(int(all_[0]))
+            found.append((at, lanes[part], mine))
+        return found
+
+    # Allocation: whole warps.
+
+    def alloc(self, lanes: Array, line: int, to: Array, generic: bool, columns: Array) -> None:
+        """tcgen05.alloc: the address of free columns goes to shared memory."""
+        batch = self.batch
+        ctas, offsets = batch.engine.locate(lanes, to, 4, 4, generic, "tcgen05.alloc")
+        for at, mine, (offset, count) in self._warps(lanes, offsets, columns):
+            cta, bad = int(batch.cta[mine[0]]), np.arange(at, at + 32)
+            slab = self.slab(cta)
+            if int(ctas[at]) != cta:
+                raise LaneFault("tcgen05.alloc: the destination is shared memory of another CTA", bad)
+            _check_count("tcgen05.alloc", count, bad)
+            if slab.relinquished:
+                place = batch.engine.place(slab.relinquished)
+                raise LaneFault(f"tcgen05.alloc after this CTA gave up the permit to allocate, at{place}", bad)
+            bases = (at for at in range(COLUMNS - count, -1, -GRANULE) if not slab.owned[at : at + count].any())
+            base = next(bases, None)
+            if base is None:
+                held = "; ".join(f"{n} columns by{batch.engine.place(at)}" for n, at in slab.live.values())
+                raise LaneFault(
+                    f"tcgen05.alloc of {count} columns blocks: {int(slab.owned.sum())} of {COLUMNS} are allocated and "
+                    f"no {count} in a row are free; held: {held}",
+                    bad,
+                )
+            slab.live[base] = count, line
+            slab.owned[base : base + count] = True
+            slab.freed.pop(base, None)
+            slab.cells[:, base : base + count] = POISON
+            slab.defined[:, base : base + count] = False
+            first = mine[:1]
+            batch.races.touch(first, line, 0)
+            batch.shared.store(np.array([offset], U32), batch.shared_base[first], np.array([base], U32), 2)
+
+    def dealloc(self, lanes: Array, address: Array, columns: Array, line: int) -> None:
+        """tcgen05.dealloc: an allocation as it was made, which nothing uses any more."""
+        for at, mine, (base, count) in self._warps(lanes, address, columns):
+            bad = np.arange(at, at + 32)
+            slab = self.slab(int(self.batch.cta[mine[0]]))
+            found = slab.live.get(base)
+            if found is None:
+                line_of = slab.freed.get(base)
+                how = "" if line_of is None else f"; it was deallocated at{self.batch.engine.place(line_of)}"
+                raise LaneFault(f"tcgen05.dealloc of {base:#x}, where no allocation begins{how}", bad)
+            if found[0] != count:
+                place = self.batch.engine.place(found[1])
+                raise LaneFault(f"tcgen05.dealloc of {count} columns; {found[0]} were allocated at{place}", bad)
+            everywhere, mine_columns = slice(0, LANES // STRIP), np.arange(base, base + count)
+            self.check_products(slab, everywhere, mine_columns, mine, "tcgen05.dealloc", bad)
+            self.check_products(slab, everywhere, mine_columns, mine, "tcgen05.dealloc", bad, True)
+            self.check_accesses(slab, everywhere, mine_columns, mine, "tcgen05.dealloc", ("ld", "st"), bad)
+            slab.writers[:, base : base + count] = 0
+            slab.readers[:, base : base + count] = 0
+            for records in slab.records.values():
+                records[:, base : base + count] = 0
+            del slab.live[base]
+            slab.owned[base : base + count] = False
+            slab.freed[base] = line
+
+    def relinquish(self, lanes: Array, line: int) -> None:
+        """tcgen05.relinquish_alloc_permit."""
+        for cta in np.unique(self.batch.cta[lanes]).tolist():
+            self.slab(cta).relinquished = line
+
+    def left(self, lanes: Array) -> tuple[str, int] | None:
+        """(message, lane) if the CTA of one of these lanes, which exit, ends with columns allocated."""
+        if not self.slabs:
+            return None
+        for lane in lanes.tolist():
+            cta = int(self.batch.cta[lane])
+            slab = self.slabs.get(cta)
+            if slab is not None and slab.live and not self.batch.alive[self.batch.cta == cta].any():
+                base, (count, line) = next(iter(slab.live.items()))
+                return (
+                    f"the CTA exits without tcgen05.dealloc of {count} columns from {base:#x} on, allocated at"
+                    f"{self.batch.engine.place(line)}"
+                ), lane
+        return None
+
+    # Who may touch what.
+
+    def check_owned(self, slab: Slab, columns: Array, what: str, bad: Array) -> None:
+        """Columns must be allocated."""
+        last = int(columns.max())
+        wrong = [last] if last >= COLUMNS else columns[~slab.owned[columns]].tolist()
+        if wrong:
+            held = ", ".join(f"{base} to {base + count - 1}" for base, (count, _) in sorted(slab.live.items()))
+            raise LaneFault(
+                f"out of bounds: {what} of TMEM column {wrong[0]}; this CTA has allocated {held or 'none'}", bad
+            )
+
+    def check_products(
+        self, slab: Slab, strips: slice, columns: Array, lanes: Array, what: str, bad: Array, reader: bool = False
+    ) -> None:
+        """The operations of the tensor core that write there, or with `reader` take A, must be known to be complete."""
+        numbers = slab.readers if reader else slab.writers
+        for number in np.unique(numbers[strips][:, columns]).tolist():
+            if not number:
+                continue
+            op = self.products[number - 1]
+            if len(self.batch.engine.flight.unknown(op.results, lanes)):
+                state = "has not completed"
+                if op.state == DONE:
+                    state = "has completed, but this thread has not waited for its tcgen05.commit"
+                touched = "overwrites matrix A" if reader else "touches the accumulator"
+                raise LaneFault(
+                    f"{what} {touched} of an asynchronous tcgen05.mma that {state}, issued at"
+                    f"{self.batch.engine.place(op.line)}",
+                    bad,
+                )
+
+    def check_accesses(
+        self, slab: Slab, strips: slice, columns: Array, lanes: Array, what: str, kinds: tuple[str, ...], bad: Array
+    ) -> None:
+        """The last tcgen05.ld or st of each place must have been waited for, and what comes now ordered after that."""
+        races = self.batch.races
+        for kind in kinds:
+            for record in np.unique(slab.records[kind][strips][:, columns]).tolist():
+                if not record:
+                    continue
+                tick, other = record >> _SHIFT, record & _LANE
+                waits = self.waits[kind].get(other >> 5, [])
+                at = bisect_right(waits, tick)
+                place = self.batch.engine.place(races.clock.log[tick])
+                cta, thread = self.batch.thread(other)
+                who = f"the tcgen05.{kind} by the warp of CTA {cta}, thread {thread}, at{place}"
+                if at == len(waits):
+                    raise LaneFault(f"missing tcgen05.wait::{kind}: {what} of tensor memory still in use by {who}", bad)
+                if other >> 5 != int(lanes[0]) >> 5 and len(
+                    races.pairs_unordered(lanes[:1], np.array([waits[at]]), np.array([other]))
+                ):
+                    raise LaneFault(f"{what}: nothing orders it after the tcgen05.wait::{kind} of {who}", bad)
+
+    # tcgen05.ld, st and wait: whole warps.
+
+    def _place(self, what: str, mine: Array, address: int, shape: str, count: int, split: int, bad: Array) -> Any:
+        """(slab, TMEM lanes, columns, strips, distinct columns) of a warp's access."""
+        row, column = address >> 16, address & 0xFFFF
+        warp = int(self.batch.tid[mine[0]]) >> 5
+        first = 32 * (warp % 4)
+        begins = (first,) if shape == "32x32b" else (first, first + STRIP)
+        if row not in begins:
+            raise LaneFault(
+                f"{what}: the address {address:#x} names TMEM lane {row}; warp {warp} of the CTA reaches lanes "
+                f"{first} to {first + 31} only, and {shape} begins at {' or '.join(map(str, begins))}",
+                bad,
+            )
+        rows, columns = pattern(shape, count, split)
+        slab = self.slab(int(self.batch.cta[mine[0]]))
+        used = np.unique(columns) + column
+        self.check_owned(slab, used, what, bad)
+        strips = slice(row // STRIP, row // STRIP + (2 if shape == "32x32b" else 1))
+        return slab, rows + row, columns + column, strips, used
+
+    def _record(self, slab: Slab, kind: str, strips: slice, columns: Array, lane: int, line: int) -> None:
+        self.batch.races.fresh = True
+        slab.records[kind][strips, columns] = self.batch.races.clock.tick(line) << _SHIFT | lane
+
+    def load(self, lanes: Array, line: int, address: Array, shape: str, count: int, split: int) -> list[Array]:
+        """tcgen05.ld: `count` registers, each over the lanes."""
+        what = f"tcgen05.ld.{shape}"
+        found = np.empty((count, len(lanes)), U32)
+        for at, mine, (where,) in self._warps(lanes, address):
+            bad = np.arange(at, at + 32)
+            slab, rows, columns, strips, used = self._place(what, mine, where, shape, count, split, bad)
+            self.check_products(slab, strips, used, mine, what, bad)
+            self.check_accesses(slab, strips, used, mine, what, ("st",), bad)
+            there = slab.defined[strips.start * STRIP : strips.stop * STRIP, used].any(axis=0)
+            if not there.all():
+                column = int(used[~there][0])
+                raise LaneFault(f"{what} of undefined tensor memory: nothing has written column {column}", bad)
+            found[:, at : at + 32] = slab.cells[rows, columns]
+            self._record(slab, "ld", strips, used, int(mine[0]), line)
+        self.batch.races.meet(lanes)
+        return list(found)
+
+    def store(
+        self, lanes: Array, line: int, address: Array, shape: str, count: int, split: int, values: list[Array]
+    ) -> None:
+        """tcgen05.st of `count` registers."""
+        what = f"tcgen05.st.{shape}"
+        data = np.array(values)
+        for at, mine, (where,) in self._warps(lanes, address):
+            bad = np.arange(at, at + 32)
+            slab, rows, columns, strips, used = self._place(what, mine, where, shape, count, split, bad)
+            self.check_products(slab, strips, used, mine, what, bad)
+            self.check_products(slab, strips, used, mine, what, bad, True)
+            self.check_accesses(slab, strips, used, mine, what, ("ld",), bad)
+            slab.cells[rows, columns] = data[:, at : at + 32]
+            slab.defined[rows, columns] = True
+            self._record(slab, "st", strips, used, int(mine[0]), line)
+        self.batch.races.meet(lanes)
+
+    def wait(self, lanes: Array, kind: str) -> None:
+        """tcgen05.wait::ld, wait::st."""
+        self.batch.races.fresh = True
+        tick = self.batch.races.clock.tick()
+        for warp in np.unique(lanes >> 5).tolist():
+            self.waits[kind].setdefault(warp, []).append(tick)
+        self.batch.races.meet(lanes)
+
+
+def _check_count(what: str, count: int, bad: Array) -> None:
+    if not GRANULE <= count <= COLUMNS or count & (count - 1):
+        raise LaneFault(f"{what} of {count} columns: a power of two from {GRANULE} to {COLUMNS} is wanted", bad)
