@@ -22,7 +22,7 @@ BEGIN, END = "<!-- planted: python tests/emulator/planted_async.py -->", "<!-- /
 if __name__ == "__main__":
     sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
-from asynchronous import COMPLETIONS as SCHEDULES  # noqa: E402
+from asynchronous import COMPLETIONS  # noqa: E402
 from hopper_kernels import EVIDENCE, FOLDER  # noqa: E402
 
 import dsv4_rt  # noqa: E402
@@ -273,7 +273,7 @@ def findings(each: Plant, folder: Path) -> dict[str, tuple[str, str]]:
     """Completion schedule -> (check, report); the check is "" where the kernel ran through, even if wrongly."""
     planted(each, folder)
     found = {}
-    for completion in SCHEDULES:
+    for completion in COMPLETIONS:
         message = outcome(each, folder, completion)
         found[completion] = check_of(message), message
     return found
@@ -281,11 +281,11 @@ def findings(each: Plant, folder: Path) -> dict[str, tuple[str, str]]:
 
 def table() -> str:
     """The table of the emulator's README."""
-    lines = [f"| bug | kernel | {' | '.join(SCHEDULES)} |", "|---" * (2 + len(SCHEDULES)) + "|"]
+    lines = [f"| bug | kernel | {' | '.join(COMPLETIONS)} |", "|---" * (2 + len(COMPLETIONS)) + "|"]
     for name, each in PLANTS.items():
         with tempfile.TemporaryDirectory() as folder:
             found = findings(each, Path(folder))
-        checks = [found[completion][0] or "unseen" for completion in SCHEDULES]
+        checks = [found[completion][0] or "unseen" for completion in COMPLETIONS]
         lines.append(f"| {name} | {each.kernel} | {' | '.join(checks)} |")
         if "-v" in sys.argv:
             print(f"== {name}")

@@ -1,7 +1,5 @@
 """A pipelined GEMM: one producer warp, bulk copies, a ring of mbarriers, two warpgroups of wgmma, a bulk store."""
 
-import time
-
 import numpy as np
 import pytest
 from asynchronous import COMPLETIONS, WRAPPERS, all_schedules
@@ -61,7 +59,7 @@ SOURCE = PRELUDE + WRAPPERS + WGMMA_HELPERS + wgmma_function(128, "f32", "bf16",
 
 
 def gemm(rng, depth, change=("", ""), **options):
-    """Seconds of processor time a launch takes; compares with NumPy."""
+    """A launch, compared with NumPy."""
     assert change[0] in SOURCE
     left, right = (bits_of("bf16", rng.standard_normal((128, depth))) for _ in "ab")
     a, b = (
@@ -72,29 +70,21 @@ def gemm(rng, depth, change=("", ""), **options):
     d = np.full((256, 64), -1, np.float32)
     ptx = compile_ptx(SOURCE.replace(*change), "sm_90a")
     machine = Machine("sm_90a", **options)
-    start = time.process_time()
     rest = descriptor(16, 1024, 128)
     run_ptx(ptx, "gemm", 1, 384, a, b, d, np.int32(depth // 64), rest, machine=machine, shared=131072 + 1024)
-    seconds = time.process_time() - start
     thread, i = np.indices(d.shape)
     row = thread // 128 * 64 + thread % 128 // 32 * 16 + thread % 32 // 4 + i // 2 % 2 * 8
     column = i // 4 * 8 + thread % 4 * 2 + i % 2
     want = x.astype(np.float64) @ y.T.astype(np.float64)
-    # Each of depth/16 sums of 17 terms is aligned and truncated to no less than 2**-22 of its largest term.
-    bound = depth / 16 * 18 * 2.0**-22 * np.abs(x.astype(np.float64)) @ np.abs(y.T.astype(np.float64))
+    # Of each sum of 17 terms every term is cut below 2^-25 of the largest, and the result to fp32 (`mma.py`).
+    bound = depth / 16 * (17 * 2.0**-25 + 2.0**-23) * np.abs(x.astype(np.float64)) @ np.abs(y.T.astype(np.float64))
     assert (np.abs(d - want[row, column]) <= bound[row, column]).all()
-    return seconds
 
 
 @all_schedules
 @pytest.mark.parametrize("order", ["min-pc", "random", "reverse"])
 def test_equals_numpy(rng, order, completion):
     gemm(rng, 640, order=order, completion=completion, seed=int(rng.integers(1000)))
-
-
-def test_is_fast_enough(rng):
-    # 0.41 s when this was written, parsing and compilation included; caches shared with other processes cost more.
-    assert min(gemm(rng, 4096) for _ in range(3)) < 1.0
 
 
 BUGS = {

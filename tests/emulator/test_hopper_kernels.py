@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 import pytest
-from asynchronous import COMPLETIONS as SCHEDULES
+from asynchronous import COMPLETIONS
 from hopper_kernels import EVIDENCE, FOLDER, compare, normal, run_cp_async_ring, run_gemm_multicast, run_gemm_ring
 from programs import ARCHITECTURES, ORDERS
 
@@ -25,7 +25,7 @@ def load(file, name):
     return load_kernel(str(FOLDER / file), name)
 
 
-@pytest.mark.parametrize("completion", SCHEDULES)
+@pytest.mark.parametrize("completion", COMPLETIONS)
 @pytest.mark.parametrize(("name", "arch"), EMULATED)
 def test_on_the_emulator(name, arch, completion, rng):
     with dsv4_rt.use_device(EmulatedDevice(arch, completion=completion, seed=int(rng.integers(1 << 30)))) as device:
@@ -78,7 +78,7 @@ def test_the_kernels_are_told_apart_by_their_results(rng):
     compare(got - np.pad([[1.0]], ((3, 0), (4, 0))), a, b)
 
 
-@pytest.mark.parametrize("completion", SCHEDULES)
+@pytest.mark.parametrize("completion", COMPLETIONS)
 def test_a_deep_tile_is_fast(completion, rng):
     """128 x 128 x 4096 in bf16 by TMA, a ring of four stages and wgmma, every check on: under half a second."""
     M, N, K = 128, 128, 4096

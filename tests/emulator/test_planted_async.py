@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from planted_async import BEGIN, CHECKS, END, PLANTS, README, SCHEDULES, check_of, findings
+from planted_async import BEGIN, CHECKS, COMPLETIONS, END, PLANTS, README, check_of, findings
 
 
 @pytest.mark.parametrize("name", PLANTS)
@@ -17,7 +17,7 @@ def test_is_found(name, tmp_path):
         assert re.search(rf"(hopper\.cuh|{plant.kernel}\.cu):\d+: ", message)
         assert plant.at in message, message
         assert recorded, "not in the README: run planted_async.py"
-        assert recorded[1].split(" | ")[SCHEDULES.index(completion)] == check
+        assert recorded[1].split(" | ")[COMPLETIONS.index(completion)] == check
 
 
 def readme_table():
