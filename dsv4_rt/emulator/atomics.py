@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dsv4_rt.emulator import alu
+from dsv4_rt.emulator.clusters import ClusterShared
 from dsv4_rt.emulator.memory import _TOP, Generic, LaneFault, Memory, _misaligned
 
 Array = npt.NDArray[Any]
@@ -45,6 +46,14 @@ def run(
         space.atomic(addr + addr.dtype.type(8), base, 3, lambda view, at: (None, False))
         wide: Array = space.atomic(addr, base, 3, lambda view, at: _update_wide(view, at, op, values))
         return wide
+    if ty.endswith("x2") and isinstance(space, ClusterShared):
+        away = space.away(addr, base)
+        if len(away):
+            raise LaneFault(
+                f"{op}.{ty} in the shared memory of another CTA: an H200 adds the pair as one 32-bit integer there; "
+                "use two scalar atomics, or compare-and-swap",
+                away,
+            )
     # PTX ISA, atom: add.f32 on global memory flushes subnormal inputs and results, on shared memory it does not.
     ftz = ty == "f32" and isinstance(space, Memory) and not noftz
     if ty == "f64" and op == "add" and isinstance(space, Memory):

@@ -270,6 +270,12 @@ class ClusterShared:
         owner, offset = self.clusters.resolve(self.lanes, cta, address)
         return offset, shared.bases(owner)
 
+    def away(self, addr: Array, base: Array) -> Array:
+        """Positions of the addresses that belong to another CTA than the accessing thread's."""
+        rank = (base + self.shared.first) // self.shared.stride % self.clusters.size
+        found: Array = np.nonzero(addr.astype(I64) >> RANK_BIT != rank)[0]
+        return found
+
     def load(self, addr: Array, base: Array, k: int, used: int | None = None) -> Array:
         return self.shared.load(*self._own(addr, base), k, used)
 

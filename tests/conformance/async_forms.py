@@ -1,8 +1,9 @@
 """Programs with asynchronous copies and mbarriers whose every result byte must be what an H200 computes.
 
-Each program is one CTA: kernel(const u8* x, u8* y), with operands from `inputs` and a poisoned result. They judge what
-moves (sizes, offsets, zero fill, reductions on edge values) and what an mbarrier answers (phases, parities, pending
-counts) to random sequences of operations; sequences are made valid by a model of three lines.
+Each program is one CTA, or one cluster (cluster_forms.py): kernel(const u8* x, u8* y), with operands from `inputs` and
+a poisoned result. They judge what moves (sizes, offsets, zero fill, reductions on edge values, within a CTA and between
+those of a cluster) and what an mbarrier answers (phases, parities, pending counts) to random sequences of operations,
+which a model of three lines makes valid.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import cluster_forms
 import numpy as np
 from operands import SEED, operands
 
 WRAPPERS = (Path(__file__).parents[1] / "emulator" / "asynchronous.cuh").read_text()
 PRELUDE = """
 using u8 = unsigned char; using u16 = unsigned short; using u32 = unsigned int; using u64 = unsigned long long;
+__device__ u32* words_of(u8* bytes) { return (u32*)bytes; }
 """
 OUT = 1 << 14
 POISON = 0xA5
@@ -36,6 +39,7 @@ class AsyncForm:
     threads: int
     make: Callable[[np.random.Generator], np.ndarray]
     attributes: str = ""
+    ctas: int = 1
 
     @property
     def family(self) -> str:
@@ -243,4 +247,8 @@ def _barriers() -> list[AsyncForm]:
 
 def all_forms() -> list[AsyncForm]:
     """Every program."""
-    return [*_copies(), *_bulk(), *_reductions(), *_barriers()]
+    clusters = [
+        AsyncForm(f"cluster/{name}", body, cluster_forms.THREADS, make, cluster_forms.ATTRIBUTES, cluster_forms.CTAS)
+        for name, body, make in cluster_forms.programs()
+    ]
+    return [*_copies(), *_bulk(), *_reductions(), *_barriers(), *clusters]

@@ -33,7 +33,7 @@ def on_emulator(form: AsyncForm, completion: str, seed: int = SEED, arch: str = 
     """The result bytes of a form."""
     x, y = inputs(form, seed), np.full(OUT, POISON, np.uint8)
     machine = Machine(arch, completion=completion, seed=seed)
-    run_ptx(compile_ptx(source(form), arch), "form", 1, form.threads, x, y, machine=machine)
+    run_ptx(compile_ptx(source(form), arch), "form", form.ctas, form.threads, x, y, machine=machine)
     return y
 
 
@@ -53,7 +53,7 @@ def on_cuda(forms: list[AsyncForm], seed: int = SEED) -> tuple[dict[str, np.ndar
         x, y = inputs(form, seed), np.full(OUT, POISON, np.uint8)
         for buffer, array in zip(buffers, (x, y), strict=True):
             call(d.cuMemcpyHtoD(buffer, array.ctypes.data, array.nbytes))
-        call(d.cuLaunchKernel(function, 1, 1, 1, form.threads, 1, 1, 0, 0, int(pointers.ctypes.data), 0))
+        call(d.cuLaunchKernel(function, form.ctas, 1, 1, form.threads, 1, 1, 0, 0, int(pointers.ctypes.data), 0))
         call(d.cuCtxSynchronize())
         call(d.cuMemcpyDtoH(y.ctypes.data, buffers[1], y.nbytes))
         call(d.cuModuleUnload(module))

@@ -42,8 +42,8 @@ from dsv4_rt.tensor_map import TensorMap  # noqa: E402
 
 SUMMARY = HERE / "results" / "launches.txt"
 FILES = ("test_cccl.py", "test_triton.py", "test_programs.py", "test_pointers.py", "test_vector_atomics.py",
-         "test_math.py", "test_radix_speed.py", "test_intrinsics.py")  # fmt: skip
-OWED = ("test_triton_dots.py", "test_cccl_async.py")  # recorded with the others; no GPU has run them yet
+         "test_math.py", "test_radix_speed.py", "test_intrinsics.py", "test_triton_dots.py",
+         "test_cccl_async.py")  # fmt: skip
 SELECTION = " and ".join(
     f"not {each}"
     for each in ("sm_100a", "random", "reverse", "compiled", "every-check", "by_software", "-late", "[late")
@@ -137,7 +137,7 @@ def record(folder: Path) -> int:
 
     recorder = Recorder(folder)
     programs.LISTENERS.append(recorder)
-    files = [str(EMULATOR / each) for each in FILES + OWED]
+    files = [str(EMULATOR / each) for each in FILES]
     code = pytest.main(["-q", "-p", "no:cacheprovider", "-k", SELECTION, *files])
     _, major, minor = nvrtc.nvrtcVersion()
     kept = [(EMULATOR / "kept" / f"{name}.sm_90a.ptx").read_text() for name in ("cub_blocks", "gelu")]

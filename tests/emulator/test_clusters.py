@@ -264,6 +264,17 @@ PLANTS = {
         sync();""",
         "RAW race|WAR race|uninitialised shared",
     ),
+    "an atomic on a pair of halves, which an H200 adds as an integer": Plant(
+        """mine[t] = x[i]; sync();
+        u32 a = mapa(saddr(&mine[t]), rank() ^ 1);
+        #ifdef MUTANT
+        asm volatile("red.relaxed.cluster.shared::cluster.add.noftz.f16x2 [%0], %1;" :: "r"(a), "r"(7)); // BUG
+        #else
+        asm volatile("red.relaxed.cluster.shared::cluster.add.u32 [%0], %1;" :: "r"(a), "r"(7));
+        #endif
+        sync(); y[i] = mine[t];""",
+        "add.f16x2 in the shared memory of another CTA: an H200 adds the pair as one 32-bit integer",
+    ),
     "a remote address in shared::cta": Plant(
         """mine[t] = x[i]; sync();
         u32 a = mapa(saddr(&mine[t]), rank() ^ 1), v;
