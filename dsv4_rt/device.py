@@ -174,6 +174,21 @@ def device_of(kind: str, index: int) -> Device:
     return current
 
 
+def given_device(which: Device | str | None) -> Device:
+    """The device of an argument: a device, a spec as `use_device` takes it, or the current device if None.
+
+    Raises:
+        DeviceError: a spec that names no device, or something that is neither a device nor a spec.
+    """
+    if which is None:
+        return device()
+    if isinstance(which, str):
+        return open_device(which)
+    if not hasattr(which, "arch"):
+        raise DeviceError(f"device is {type(which).__name__}; give a device, or a spec like \"cuda:1\"")
+    return which
+
+
 @contextlib.contextmanager
 def use_device(which: Device | str) -> Iterator[Device]:
     """Make a device the current one inside a with block (this thread and the tasks it starts).
@@ -181,7 +196,7 @@ def use_device(which: Device | str) -> Iterator[Device]:
     Args:
         which: a device, or a spec as DSV4_RT_DEVICE takes it: "cuda:1", "emulator", "emulator:sm_90a".
     """
-    chosen = open_device(which) if isinstance(which, str) else which
+    chosen = given_device(which)
     token = _chosen.set(chosen)
     try:
         yield chosen

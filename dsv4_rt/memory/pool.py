@@ -30,8 +30,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 import numpy as np
 
 from dsv4_rt.checks import check_range
-from dsv4_rt.device import Device
-from dsv4_rt.device import device as current_device
+from dsv4_rt.device import Device, given_device
 from dsv4_rt.errors import ArgumentError, PoolExhausted, PoolMisuse, TooLong
 from dsv4_rt.memory import admission, snapshot
 from dsv4_rt.memory.admission import Need
@@ -99,7 +98,7 @@ class KVPool(Views):
         checkpoint_every: int = 4096,
         watermark: float = 0.01,
         steps_in_flight: int = 2,
-        device: Device | None = None,
+        device: Device | str | None = None,
     ) -> None:
         """
         Args:
@@ -121,10 +120,11 @@ class KVPool(Views):
             checkpoint_every: tokens between checkpoints, a multiple of 256.
             watermark: the share of pages and window pages that `can_admit` leaves alone.
             steps_in_flight: steps that may be between begin_step and end_step.
-            device: where; the current device if None.
+            device: a device or its name, as `use_device` takes it; the current one if None.
 
         Raises:
             ArgumentError: a size out of range, rings in the layout that do not fit max_draft, too small a budget.
+            DeviceError: device names none.
         """
         what = "KVPool"
         if not isinstance(layout, KVLayout):
@@ -132,7 +132,7 @@ class KVPool(Views):
         if budget is not None and pages is not None:
             raise ArgumentError(f"{what}: budget = {budget} and pages = {pages} both say how large it is; give one")
         self.layout = layout
-        self.device = device or current_device()
+        self.device = given_device(device)
         self.max_sequences = check_range(what, "max_sequences", max_sequences, 1, 1 << 20)
         self.max_length = check_range(what, "max_length", max_length, 1, 2**30)
         self.max_in_flight = check_range(what, "max_in_flight", max_in_flight, 1, 2**30)

@@ -33,7 +33,7 @@ class Views:
         return self._tables.device(self.layout.cache(cache).life)
 
     def _mapped(self, cache: str) -> str:
-        if cache not in self._alias:
+        if not isinstance(cache, str) or cache not in self._alias:
             raise ArgumentError(f"KVPool: {cache!r} has no block table; {', '.join(self._alias)} have")
         return self._alias[cache]
 

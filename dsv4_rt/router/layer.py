@@ -17,7 +17,7 @@ import numpy as np
 
 from dsv4_rt.arrays import FACTS, I32, I64, framework, stream_handle, view
 from dsv4_rt.checks import Arg, check_range, check_scale, match
-from dsv4_rt.device import Device, device, open_device
+from dsv4_rt.device import Device, given_device
 from dsv4_rt.errors import ArgumentError
 from dsv4_rt.formats import BF16, F32
 from dsv4_rt.launch import POINTER
@@ -93,7 +93,7 @@ class Router:
             raise ArgumentError(f"Router: vocab_size = {vocab_size!r} with mode = {mode!r}; 'hash' alone needs it")
         self.vocab_size = None if vocab_size is None else check_range("Router", "vocab_size", vocab_size, 1, 2**31 - 1)
         self.mode, self.hash_weights = mode, hash_weights
-        self.device = _device(device)
+        self.device = given_device(device)
         self._kind = mode if mode == "dense" else hash_weights  # "dense", "gate" or "uniform"
         self._what = "dense routing" if mode == "dense" else f"hash routing with {hash_weights} weights"
         self._host: dict[str, np.ndarray[Any, Any]] = {}  # loaded, not yet on the device
@@ -408,10 +408,6 @@ class Router:
             on, N, E, K, k, V, scale, (own["W_gate"].dtype, token, I32), addresses,
             strides=(pitch, w_stride, i_stride), pdl=pdl,
         )  # fmt: skip
-
-
-def _device(which: Device | str | None) -> Device:
-    return device() if which is None else open_device(which) if isinstance(which, str) else which
 
 
 def _on_host(x: Any) -> np.ndarray[Any, Any]:

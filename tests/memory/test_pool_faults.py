@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from pools import fingerprint, mapping, prefill, small_pool, table, tokens
 
+from dsv4_rt.device import open_device
 from dsv4_rt.errors import (
     ArgumentError,
+    DeviceError,
     Dsv4Error,
     LaunchError,
     PoolError,
@@ -319,3 +321,19 @@ def test_check_finds_what_is_broken(emulator, rng):
     pool.storage.array("hca")[0, 0, 5] = 1
     with pytest.raises(PoolError, match="'hca': the null page is not zero"):
         pool.check()
+
+
+def test_device_by_name():
+    assert small_pool(device="emulator:sm_90a").device is open_device("emulator:sm_90a")
+    with pytest.raises(DeviceError, match="'tpu' is none of"):
+        small_pool(device="tpu")
+    with pytest.raises(DeviceError, match="device is int"):
+        small_pool(device=3)
+
+
+@pytest.mark.parametrize("name", ["nothing", 3, None, ["csa"]])
+def test_caches_that_are_none(emulator, name):
+    pool = small_pool()
+    for ask in (pool.slot_mapping, pool.block_table, lambda name: pool.view(3, name), lambda name: pool.parts(3, name)):
+        with pytest.raises(ArgumentError, match="no block table|no cache"):
+            ask(name)
