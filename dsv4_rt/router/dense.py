@@ -326,14 +326,18 @@ _DENSE_ROUTER_DECODE = Operation(
 PREFILL_PDL_LIMIT = 512
 
 
-def decode_limit(dtype: Dtype) -> int:
+def decode_limit(dtype: Dtype, K: int, pdl: bool) -> int:
     """Up to how many tokens a Router takes dense_router_decode, and above it dense_router_prefill.
 
-    128 tokens, bfloat16 weights: 8.5 us by one launch, by two 9.0 in the same run and 8.2 in a later one (flash; pro:
-    12.5, 10.0 and 10.0). Float weights are three products for cuBLAS, and one launch takes 10.8 us (16.4). H200,
-    programmatic dependent launch; bench/results/h200-dense-router-decode-tiles.txt, and h200-router.txt: pair PDL.
+    H200, microseconds, one launch against two (activation_topk early: PREFILL_PDL_LIMIT). By programmatic dependent
+    launch, bfloat16 weights: 128 tokens 8.5 against 8.2 to 9.0 (flash; pro 12.5, 10.0), 64 tokens 5.3, 8.1 (7.7, 8.8).
+    Without it 64 tokens 7.5, 8.1, but in pro 11.0, 8.8; 40 tokens 10.5, 8.6; 32 tokens 7.9, 9.2. Float weights are
+    three products for cuBLAS, and one launch of 128 tokens takes 10.8 (16.4).
+    bench/results/h200-dense-router-decode-tiles.txt, and h200-router.txt: pair PDL.
     """
-    return 64 if dtype == BF16 else 128
+    if dtype != BF16:
+        return 128
+    return 64 if pdl or K <= 4096 else 32
 
 
 class ProductThen:
