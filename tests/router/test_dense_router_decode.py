@@ -169,7 +169,7 @@ def test_programmatic_dependent_launch_changes_nothing(device, rng, N):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("N", [1, 2, 4, 6, 8, 16, 33])
-def test_a_stream_of_dependent_launches_shares_a_workspace(gpu, rng, N):
+def test_many_dependent_launches_share_a_workspace(gpu, rng, N):
     """Each starts while the ones before still run, and waits where it must: the bits of launches one by one."""
     import cupy
 
