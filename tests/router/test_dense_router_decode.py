@@ -214,6 +214,23 @@ def test_the_workspace_serves_one_size_after_another(device, rng):
         check(device, *gate(rng, N, 128, 128), workspace=space)
 
 
+def test_tiles_are_forms_the_kernels_have():
+    for dtype in (BF16, F32):
+        for E in (1, 6, 61, 256, 384, 511, 512):
+            for K in (64, 320, 4096, 4160, 7168, 65536):
+                for N in range(1, 513):
+                    tile = dense.decode_tile(N, E, K, dtype)
+                    if isinstance(tile, dense.StreamTile):
+                        assert tile.tokens <= tile.warps
+                        assert 1 <= tile.experts * tile.tokens <= 32
+                        assert -(-N // tile.tokens) <= dense.TICKETS
+                    else:
+                        assert tile.warps % tile.groups == 0
+                        assert tile.tiles <= (8 if tile.warps == 8 else 4)
+                        assert 1 <= tile.steps <= 8
+                        assert -(-N // 8) <= dense.TICKETS
+
+
 def test_says_what_is_wrong(emulator):
     x, w, b = np.zeros((4, 128), BF16), np.zeros((64, 128), BF16), np.zeros(64, np.float32)
     space = dense.new_workspace(64)
