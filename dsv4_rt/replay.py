@@ -1,7 +1,8 @@
 """Launches that come again with the same addresses, as CUDA graphs: one call of the driver instead of one a kernel.
 
-A product of cuBLAS takes 7 to 10 us of host time and the kernel behind it 3 more; a graph of the same kernels takes 2.
-A caller whose arrays lie where they lay, as those of an allocator with a cache do, pays that.
+A call of Router that takes cuBLAS and a kernel behind it costs the host 15 to 22 us, replayed from a graph 3.5 to 5.5
+(bench/results/h200-router.txt, host and new). Arrays that lie where they lay, as those of an allocator with a cache do,
+are replayed.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from dsv4_rt.arrays import View
 from dsv4_rt.cuda_device import CudaDevice
 from dsv4_rt.operation import Launch
 
-# Recording takes about 0.12 ms, ten times what it saves a call: a launch has to come this often first.
+# Recording takes 0.12 ms (H200), ten times what it saves a call: a launch has to come this often first.
 CALLS_BEFORE = 8
-# Addresses that are counted or recorded at once; the ones used least recently go. Graphs of a few nodes are small.
+# Addresses that are counted or recorded at once, since each graph takes memory of the driver's; the ones used least
+# recently go. More than these in turn are never recorded, so nobody pays for recordings that are not used.
 MOST = 64
 
 

@@ -287,9 +287,9 @@ class Router:
     ) -> tuple[Any, Any]:
         """Route N tokens.
 
-        No allocation, no synchronisation; a CUDA graph may capture it, and replay it after `hidden` and `token_ids`
-        were overwritten. Eager calls of many tokens that keep coming with the same addresses are replayed from a graph
-        of the router's own (`dsv4_rt.replay`).
+        No array is allocated, nothing synchronised; a CUDA graph may capture it, and replay it after `hidden` and
+        `token_ids` were overwritten. Eager calls that take cuBLAS and keep coming with the same addresses are replayed
+        from a graph of the router's own (`dsv4_rt.replay`); it is recorded once, which the driver allocates memory for.
 
         Args:
             hidden: [N, K] bfloat16, rows may be strided, each 16 B aligned. Uniform hash weights do not read it: None
