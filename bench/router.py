@@ -20,8 +20,8 @@ from dsv4_rt.router.hash_gate import HASH_GATE_LIMIT
 
 K = 6
 CACHE_SPREAD = 150 * 2**20  # bytes of inputs a cold graph walks over: well past the L2
-TOKENS = (1, 8, 64, 512, 2048, 8192, 16384)
-README_TOKENS = (1, 64, 512, 8192, 16384)
+TOKENS = (1, 8, 64, 512, 2048, 4096, 8192, 16384)
+README_TOKENS = (1, 64, 512, 4096, 8192, 16384)
 
 
 def copies_and_launches(nbytes, N):
@@ -255,7 +255,9 @@ def readme_table(facts, rows):
         f"gives the byte floor. k = {K}. PDL: with programmatic dependent launch (`pdl=True`); comparisons are "
         "without. The second table starts at the hidden states: flash has 4096 channels and 256 experts, pro 7168 and "
         "384; the second kernel is activation_topk or hash_gate_from_logits, and Router leaves hash_gate for that pair "
-        f"above {HASH_GATE_LIMIT} tokens. Written by `python bench/router.py --readme`.",
+        f"above {HASH_GATE_LIMIT} tokens. Host: an eager `router(...)`, with arrays that come again and with hidden "
+        "states whose addresses never do, where cuBLAS cannot be replayed from a graph. Written by "
+        "`python bench/router.py --readme`.",
     ]
     return "\n".join(lines)
 

@@ -84,6 +84,17 @@ def cuda_device_count() -> int:
     return int(count) if int(status) == 0 else 0
 
 
+class _Graph:
+    """An executable graph that is destroyed with this object; the driver lets a launch under way finish."""
+
+    def __init__(self, cu: Any, executable: Any) -> None:
+        self._cu, self.executable = cu, executable
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # at the interpreter's end the driver may be gone
+            self._cu.cuGraphExecDestroy(self.executable)
+
+
 class CudaDevice:
     """One GPU, through its primary context, which CuPy and PyTorch share."""
 
@@ -101,6 +112,9 @@ class CudaDevice:
         self._lock = threading.Lock()
         self._sync_each = os.environ.get("DSV4_RT_SYNC", "0") not in ("", "0")
         self._several = count > 1
+        self._recording: Any = None  # a stream of our own to capture on
+        self._streams: dict[int, Any] = {}
+        self._not_capturing = driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
         self._ok = driver.CUresult.CUDA_SUCCESS
         self._device = self._call(driver.cuDeviceGet(index))
         self._name = self._call(driver.cuDeviceGetName(128, self._device)).split(b"\0")[0].decode()
@@ -226,6 +240,72 @@ class CudaDevice:
                 self.synchronize()
 
         return launch
+
+    def is_capturing(self, stream: int) -> bool:
+        """Is what goes to this stream captured into a graph? True too where the driver cannot tell."""
+        status, state = self._cu.cuStreamIsCapturing(self._stream(stream))
+        return bool(status != self._ok or state != self._not_capturing)
+
+    def _stream(self, handle: int) -> Any:
+        """The driver's object for a stream; making one costs more than finding it."""
+        found = self._streams.get(handle)
+        if found is None:
+            if len(self._streams) > 64:
+                self._streams.clear()
+            found = self._streams[handle] = self._cu.CUstream(handle)
+        return found
+
+    def record(self, run: Callable[[int], None]) -> Callable[[int], None]:
+        """Capture what `run` launches on the stream it is given; a function of the stream that launches all of it.
+
+        Does not wait for the device. The graph lives as long as the function. With DSV4_RT_SYNC=1 nothing is recorded:
+        it names one kernel, not a graph.
+        """
+        if self._sync_each:
+            return run
+        cu = self._cu
+        relaxed = cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        with self._lock, self._current():
+            if self._recording is None:
+                flags = cu.CUstream_flags.CU_STREAM_NON_BLOCKING
+                self._recording = self._call(cu.cuStreamCreate(flags), "a stream to record on")
+            earlier = list(self._since_sync)
+            self._since_sync.clear()
+            # A capture that is under way elsewhere in this process must not take offence.
+            mode = self._call(cu.cuThreadExchangeStreamCaptureMode(relaxed))
+            try:
+                self._call(cu.cuStreamBeginCapture(self._recording, relaxed), "recording")
+                try:
+                    run(int(self._recording))
+                finally:
+                    status, graph = cu.cuStreamEndCapture(self._recording)
+                self._call((status,), "recording")
+                executable = self._call(cu.cuGraphInstantiate(graph, 0), "recording")
+                self._call(cu.cuGraphDestroy(graph), "recording")
+            finally:
+                cu.cuThreadExchangeStreamCaptureMode(mode)
+                inside = list(self._since_sync)
+                self._since_sync.clear()
+                self._since_sync.extend(earlier)
+        handle = _Graph(cu, executable)
+        enqueue, ok, several = cu.cuGraphLaunch, self._ok, self._several
+        remember = self._since_sync.extend
+
+        def replay(stream: int) -> None:
+            if several:
+                with self._current():
+                    status = enqueue(handle.executable, self._stream(stream))[0]
+            else:
+                status = enqueue(handle.executable, self._stream(stream))[0]
+            if status != ok:
+                if int(status) == 201 and not self._killed:  # a new thread: no context is current in it yet
+                    self._call(cu.cuCtxSetCurrent(self._context))
+                    status = enqueue(handle.executable, self._stream(stream))[0]
+                if status != ok:
+                    self._fail(status, "a recorded graph")
+            remember(inside)
+
+        return replay
 
     def _config(self, geometry: Geometry, stream: int) -> Any:
         cu = self._cu

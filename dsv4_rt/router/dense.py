@@ -158,25 +158,30 @@ class StreamTile:
 @dataclass(frozen=True)
 class MmaTile:
     """dense_router_decode_mma: tiles of 8 tokens a block, groups of 16 experts a block, steps of 32 channels a warp at
-    once, blocks a cluster."""
+    once, blocks a cluster, warps a block."""
 
     tiles: int
     groups: int
     steps: int
     cluster: int
+    warps: int = 8
+
+
+# Streams of up to 4096 channels, by tokens: tokens a block, blocks that share the experts. In a stream of dependent
+# launches fewer blocks than fit at once leave room for those of the next.
+_NARROW_STREAM = {1: (1, 43), 2: (2, 64), 3: (2, 52), 4: (2, 52), 5: (3, 52), 6: (3, 52), 7: (4, 64), 8: (4, 64)}
 
 
 def decode_tile(N: int, E: int, K: int, dtype: Dtype) -> StreamTile | MmaTile:
     """The kernel and its tile for a shape. bench/results/h200-dense-router-decode-tiles.txt has the measurements."""
     wide = K > 4096
-    if N <= 4 or (N <= 8 and not wide and dtype == BF16):
+    if dtype == BF16 and not wide and N in _NARROW_STREAM:
+        tokens, blocks = _NARROW_STREAM[N]
+        return StreamTile(tokens, -(-E // blocks), 2, 8)
+    if N <= 4:
         tokens = min(N, 2) if N <= 2 else 4
-        experts = min(4, max(1, -(-E // 132)))
-        if not wide:
-            return StreamTile(tokens, experts, 2, 8)
-        if tokens == 1 and dtype == BF16:
-            return StreamTile(tokens, experts, 4, 7)
-        return StreamTile(tokens, experts, 2, 14)
+        experts = min(4, max(1, -(-E // (96 if N == 1 and dtype == BF16 else 132))))
+        return StreamTile(tokens, experts, 2, 14 if wide else 8)
     tiles = 1
     while tiles < 8 and tiles * 8 < N:
         tiles *= 2
@@ -184,9 +189,9 @@ def decode_tile(N: int, E: int, K: int, dtype: Dtype) -> StreamTile | MmaTile:
         return MmaTile(tiles, 2 if N > 64 else 1, 1 if tiles == 8 else 2, 8)
     if N > 64:
         return MmaTile(8, 2, 2, 8)
-    if N > 32:
-        return MmaTile(4, 2, 8 if wide else 4, 8)
-    return MmaTile(tiles, 1, 4 if wide else 2, 8)
+    groups = 2 if N > 32 else 1
+    steps = -(-K // (32 * 4 * 16 // groups))  # all channels of a warp in flight
+    return MmaTile(min(tiles, 4), groups, min(steps, 8), 4, 16)
 
 
 def decode_instance(tile: StreamTile | MmaTile, E: int, k: int, dtype: Dtype) -> tuple[str, str]:
@@ -194,7 +199,8 @@ def decode_instance(tile: StreamTile | MmaTile, E: int, k: int, dtype: Dtype) ->
     head = f"{_C_WEIGHT[dtype]}, {k}, {4 * -(-E // 128)}"
     if isinstance(tile, StreamTile):
         return STREAM, f"dense_router_decode<{head}, {tile.tokens}, {tile.experts}, {tile.chunks}, {tile.warps}>"
-    return MMA, f"dense_router_decode_mma<{head}, {tile.tiles}, {tile.groups}, {tile.steps}, {tile.cluster}>"
+    shape = f"{tile.tiles}, {tile.groups}, {tile.steps}, {tile.cluster}, {tile.warps}"
+    return MMA, f"dense_router_decode_mma<{head}, {shape}>"
 
 
 def prepare_dense_router_decode(
@@ -218,11 +224,13 @@ def prepare_dense_router_decode(
         strides: elements between rows of hidden, logits, weights and ids; contiguous if None.
     """
     tile = decode_tile(N, E, K, dtype)
+    cluster = None
     if isinstance(tile, StreamTile):
-        grid, block, cluster = (-(-E // tile.experts), -(-N // tile.tokens)), 32 * tile.warps, None
+        grid, block = (-(-E // tile.experts), -(-N // tile.tokens)), 32 * tile.warps
     else:
         clusters = -(-E // (16 * tile.groups))
-        grid, block, cluster = (tile.cluster * clusters, -(-N // (8 * tile.tiles))), 256, (tile.cluster, 1, 1)
+        grid, block = (tile.cluster * clusters, -(-N // (8 * tile.tiles))), 32 * tile.warps
+        cluster = (tile.cluster, 1, 1)
     source, name = decode_instance(tile, E, k, dtype)
     return load(source, name, on).prepare(
         grid,
@@ -326,14 +334,18 @@ _DENSE_ROUTER_DECODE = Operation(
 PREFILL_PDL_LIMIT = 512
 
 
-def decode_limit(dtype: Dtype) -> int:
+def decode_limit(dtype: Dtype, K: int, pdl: bool) -> int:
     """Up to how many tokens a Router takes dense_router_decode, and above it dense_router_prefill.
 
-    128 tokens, bfloat16 weights: 8.5 us by one launch, by two 9.0 in the same run and 8.2 in a later one (flash; pro:
-    12.5, 10.0 and 10.0). Float weights are three products for cuBLAS, and one launch takes 10.8 us (16.4). H200,
-    programmatic dependent launch; bench/results/h200-dense-router-decode-tiles.txt, and h200-router.txt: pair PDL.
+    H200, microseconds, one launch against two (activation_topk early: PREFILL_PDL_LIMIT). By programmatic dependent
+    launch, bfloat16 weights: 128 tokens 8.5 against 8.2 to 9.0 (flash; pro 12.5, 10.0), 64 tokens 5.3, 8.1 (7.2, 8.8).
+    Without it 64 tokens 7.2, 8.1, but in pro 10.0, 8.8 to 9.6; 40 tokens 9.9, 8.6 to 9.3; 32 tokens 7.9, 9.2. Float
+    weights are three products for cuBLAS, and one launch of 128 tokens takes 10.8 (16.4).
+    bench/results/h200-dense-router-decode-tiles.txt, and h200-router.txt: pair PDL.
     """
-    return 64 if dtype == BF16 else 128
+    if dtype != BF16:
+        return 128
+    return 64 if pdl or K <= 4096 else 32
 
 
 class ProductThen:
@@ -424,10 +436,9 @@ def _decode_instances() -> tuple[Instance, ...]:
     found: dict[tuple[str, str], int] = {}
     for E, K, k in ((256, 4096, 6), (384, 7168, 6), (512, 8192, 16)):
         for dtype in (BF16, F32):
-            for N in (1, 2, 4, 8, 16, 32, 64, 128):
+            for N in (1, 2, 4, 6, 8, 16, 32, 64, 128):
                 tile = decode_tile(N, E, K, dtype)
-                long = isinstance(tile, StreamTile) and tile.chunks == 4
-                found[decode_instance(tile, E, k, dtype)] = 176 if long else 128
+                found[decode_instance(tile, E, k, dtype)] = 160 if isinstance(tile, StreamTile) else 128
     return tuple(Instance(source, name, registers) for (source, name), registers in found.items())
 
 

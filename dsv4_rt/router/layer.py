@@ -17,12 +17,14 @@ import numpy as np
 
 from dsv4_rt.arrays import FACTS, I32, I64, framework, stream_handle, view
 from dsv4_rt.checks import Arg, check_range, check_scale, match
+from dsv4_rt.cuda_device import CudaDevice
 from dsv4_rt.device import Device, given_device
 from dsv4_rt.errors import ArgumentError
 from dsv4_rt.formats import BF16, F32
 from dsv4_rt.launch import POINTER
 from dsv4_rt.models import FLASH, PRO
 from dsv4_rt.operation import MAX_PLANS, Launch
+from dsv4_rt.replay import Replays
 from dsv4_rt.router import checkpoint, dense, hash_gate, ops
 from dsv4_rt.router.product import GateProduct, bf16_parts
 
@@ -101,6 +103,7 @@ class Router:
         self._product: GateProduct | None = None
         self._parts: tuple[int, ...] = ()
         self._known: dict[Hashable, _Known] = {}
+        self._replays = Replays(self.device) if isinstance(self.device, CudaDevice) else None
         self._final = False
 
     @classmethod
@@ -170,7 +173,7 @@ class Router:
                 )
             host["hash_lut"] = host["hash_lut"].astype(np.int32)
         self._host = {name: x.copy() for name, x in host.items()}
-        self._known.clear()
+        self._forget()
         self._final = False
 
     def load_checkpoint(self, source: str | Path | Mapping[str, Any], layer: int) -> None:
@@ -206,9 +209,9 @@ class Router:
         self._put("weights", np.zeros((N, k), np.float32))
         self._put("ids", np.zeros((N, k), np.int32))
         if self._kind == "dense":
-            limit = min(N, dense.decode_limit(self._arrays["W_gate"].dtype))
+            limit = min(N, self._decode_limit(True))
             self._put("workspace", np.zeros(dense.workspace_words(E, limit), np.int32))
-        if self._whole_product(N):
+        if self._whole_product(N, False):
             if self._product is None:
                 self._product = GateProduct(self.device)
             self._put("logits", np.zeros((N, E), np.float32))
@@ -218,7 +221,7 @@ class Router:
                 self._parts = tuple(self._address(f"part{i}") for i in range(3))
             else:
                 self._parts = (self._address("W_gate"),)
-        self._known.clear()
+        self._forget()
         self._warm_up()
         self.device.synchronize()
         self._host, self._final = {}, True
@@ -234,13 +237,24 @@ class Router:
     def _address(self, name: str) -> int:
         return view(self._arrays[name]).ptr
 
-    def _whole_product(self, N: int) -> bool:
+    def _forget(self) -> None:
+        """Forget the launches that were prepared: they have the addresses of arrays that may go."""
+        self._known.clear()
+        if self._replays is not None:
+            self._replays.clear()
+
+    def _decode_limit(self, pdl: bool) -> int:
+        return dense.decode_limit(self._arrays["W_gate"].dtype, self.hidden_size, pdl)
+
+    def _whole_product(self, N: int, pdl: bool) -> bool:
         """Does a call of N tokens compute all logits by the product?"""
         if self._kind == "uniform":
             return False
         if self._kind == "gate":
             return N > hash_gate.HASH_GATE_LIMIT
-        return N > dense.decode_limit(self._arrays["W_gate"].dtype)
+        if self.max_num_tokens <= self._decode_limit(True):
+            return False  # so that a router for few tokens does without cuBLAS
+        return N > self._decode_limit(pdl)
 
     def _warm_up(self) -> None:
         """Load the kernel of every choice a number of tokens can lead to; let cuBLAS load those of common sizes."""
@@ -249,7 +263,8 @@ class Router:
         tokens = {"dense": (None,), "gate": (I32, I64), "uniform": (I32, I64)}[self._kind]
         for N in sorted(n for n in sizes if n <= self.max_num_tokens):
             for token in tokens:
-                self._prepare(N, self.hidden_size, token, False)
+                for pdl in (False, True):
+                    self._prepare(N, self.hidden_size, token, pdl)
         if self._product is not None:
             E, K = self.num_experts, self.hidden_size
             most = min(self.max_num_tokens, 1024)
@@ -272,8 +287,9 @@ class Router:
     ) -> tuple[Any, Any]:
         """Route N tokens.
 
-        No allocation, no synchronisation; a CUDA graph may capture it, and replay it after `hidden` and `token_ids`
-        were overwritten.
+        No array is allocated, nothing synchronised; a CUDA graph may capture it, and replay it after `hidden` and
+        `token_ids` were overwritten. Eager calls that take cuBLAS and keep coming with the same addresses are replayed
+        from a graph of the router's own (`dsv4_rt.replay`); it is recorded once, which the driver allocates memory for.
 
         Args:
             hidden: [N, K] bfloat16, rows may be strided, each 16 B aligned. Uniform hash weights do not read it: None
@@ -349,7 +365,7 @@ class Router:
         if "hidden" in views and N:
             pitch = views["hidden"].strides[0] if N > 1 else pitch
             dense.check_rows_aligned("Router", "hidden", views["hidden"].ptr, pitch, 2)
-            if self._whole_product(N):
+            if self._whole_product(N, pdl):
                 dense.check_rows_apart("Router", "hidden", pitch, self.hidden_size)
         token = views["token_ids"].dtype if "token_ids" in views else None
         home = framework(hidden if hidden is not None else token_ids)
@@ -382,14 +398,14 @@ class Router:
             addresses: tuple[Any, ...] = (POINTER, address("hash_lut"), *results)
             V, dtypes = self.vocab_size or 0, (token, I32)
             return ops.prepare_hash_router(on, N, V, k, dtypes, addresses, strides=(w_stride, i_stride), pdl=pdl)
-        product = self._product if self._whole_product(N) else None
+        product = self._product if self._whole_product(N, pdl) else None
         shape, early = (N, E, K, pitch, E), N <= dense.PREFILL_PDL_LIMIT
         if self._kind == "dense":
             if product is not None:
                 strides = (E, w_stride, i_stride)
                 then = ops.prepare_activation_topk(on, N, E, k, scale, wide=E % 4 == 0, strides=strides, pdl=early)
                 fixed = [own[name] for name in (*(() if out else ("weights", "ids")), "e_bias", "logits")]
-                return dense.ProductThen(product, self._parts, shape, then, (4, 3, 1, 2), fixed)
+                return self._replayed(dense.ProductThen(product, self._parts, shape, then, (4, 3, 1, 2), fixed))
             names = ("W_gate", "e_bias", "workspace")
             addresses = (POINTER, *map(address, names), np.uint64(0), *results)
             return dense.prepare_dense_router_decode(
@@ -402,12 +418,16 @@ class Router:
                 on, N, E, k, V, scale, (token, I32), strides=(E, w_stride, i_stride), pdl=early
             )
             fixed = [own[name] for name in (*(() if out else ("weights", "ids")), "hash_lut", "logits")]
-            return dense.ProductThen(product, self._parts, shape, then, (5, 1, 4, 2, 3), fixed)
+            return self._replayed(dense.ProductThen(product, self._parts, shape, then, (5, 1, 4, 2, 3), fixed))
         addresses = (POINTER, address("W_gate"), POINTER, address("hash_lut"), *results)
         return hash_gate.prepare_hash_gate(
             on, N, E, K, k, V, scale, (own["W_gate"].dtype, token, I32), addresses,
             strides=(pitch, w_stride, i_stride), pdl=pdl,
         )  # fmt: skip
+
+    def _replayed(self, launch: Launch) -> Launch:
+        """cuBLAS's launches cost the host the most: replayed from a graph on a GPU."""
+        return launch if self._replays is None else self._replays.wrap(launch)
 
 
 def _on_host(x: Any) -> np.ndarray[Any, Any]:

@@ -66,8 +66,10 @@ dense_router_decode(const bf16*  hidden,                   // [N, K]  rows hidde
     stage_bias<ITEMS, THREADS>(e_bias, E, bias);
     for (int line = blockIdx.x * THREADS + threadIdx.x; line * 64 < K * TOKENS; line += gridDim.x * THREADS)
         prefetch_l2(hidden + i64(min(n0 + line * 64 / K, N - 1)) * hidden_stride + line * 64 % K);
+    // For one token the next grid finds room beside ours at once; for more, where blocks are bigger, it gains nothing.
+    if constexpr (TOKENS == 1) let_dependents_start();
     wait_for_dependency();
-    let_dependents_start();
+    if constexpr (TOKENS > 1) let_dependents_start();
 
     // My share of each dot product.
     float acc[TOKENS][EXPERTS] = {};

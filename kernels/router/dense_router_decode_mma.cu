@@ -8,8 +8,8 @@
 //           products (|w| at least 2^-100 or 0, and finite). Sums are the tensor core's, 16 products at a time, over
 //           the channels of a warp; then over warps and over the blocks of a cluster by fp32 additions in order. The
 //           same bits on every run and in any place of a batch; not for every launch shape. A sum of 16 products loses
-//           at most 17 * 2^-25 + 2^-23 of its magnitudes: |error| <= (21 m + 8 / GROUPS + C) * 2^-24 * sum_c |hidden *
-//           w_gate| with m steps of 32 channels a warp, three times 21 for float weights.
+//           at most 17 * 2^-25 + 2^-23 of its magnitudes: |error| <= (21 m + WARPS / GROUPS + C) * 2^-24 *
+//           sum_c |hidden * w_gate| with m steps of 32 channels a warp, three times 21 for float weights.
 // Work      a cluster has 16 * GROUPS experts, each of its C blocks a part of the channels, each warp 16 of the experts
 //           and a part of those channels:
 //
@@ -23,11 +23,12 @@
 //           token (gate_exchange.cuh). So selection, too, is spread over C blocks.
 // Cost      reads EK weights once for each 8 * TILES tokens and NK hidden ceil(E / (16 * GROUPS)) times, from L2 after
 //           the first; writes 8Nk B. Bound by latency (HBM, cluster, ticket, row, rule), with many tokens by L2.
-// Launch    dense_router_decode_mma<W, TOP, ITEMS, TILES, GROUPS, STEPS, C>: W bf16 or float; TOP = k in 1 .. 16, k <= E;
-//           ITEMS = 4 * ceil(E / 128), at most 16; TILES at most 8; GROUPS 1, 2 or 4. K a multiple of 64, rows of hidden
-//           and w_gate 16 B aligned. cluster = C = 1 .. 8, grid = (C * ceil(E / (16 * GROUPS)), ceil(N / (8 * TILES)))
-//           with at most 64 tiles in all, block = 256, static shared memory. STEPS * 32 channels a warp are in flight at
-//           once, in rounds if that is not all. workspace: gate_exchange.cuh. Host returns at N = 0.
+// Launch    dense_router_decode_mma<W, TOP, ITEMS, TILES, GROUPS, STEPS, C, WARPS>: W bf16 or float; TOP = k in 1 .. 16,
+//           k <= E; ITEMS = 4 * ceil(E / 128), at most 16; TILES at most 8; GROUPS 1, 2 or 4; WARPS 8 or 16, 16 with at
+//           most 4 TILES. K a multiple of 64, rows of hidden and w_gate 16 B aligned. cluster = C = 1 .. 8, grid = (C *
+//           ceil(E / (16 * GROUPS)), ceil(N / (8 * TILES))) with at most 64 tiles in all, block = 32 * WARPS, static
+//           shared memory. STEPS * 32 channels a warp are in flight at once, in rounds if that is not all. workspace:
+//           gate_exchange.cuh. Host returns at N = 0.
 //           May follow a kernel by programmatic dependent launch if w_gate and e_bias are complete before it starts.
 
 #include "cluster.cuh"
@@ -37,7 +38,6 @@
 constexpr int ROWS     = 16;                         // experts of a cluster, an mma's rows
 constexpr int TILE     = 8;                          // tokens of an mma's columns
 constexpr int STEP     = 32;                         // channels that a quad of lanes loads at once
-constexpr int WARPS    = 8;
 
 __device__ __forceinline__ void add(float4& sum, const float4& v) {
     sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
@@ -90,8 +90,8 @@ template <typename W> struct FragmentOf;
 template <> struct FragmentOf<bf16>  { using Type = FragmentBf16; };
 template <> struct FragmentOf<float> { using Type = FragmentF32; };
 
-template <typename W, int TOP, int ITEMS, int TILES, int GROUPS, int STEPS, int C>
-__global__ void __launch_bounds__(LANES * WARPS, 2)
+template <typename W, int TOP, int ITEMS, int TILES, int GROUPS, int STEPS, int C, int WARPS>
+__global__ void __launch_bounds__(LANES * WARPS, 16 / WARPS)
 dense_router_decode_mma(const bf16*  hidden,               // [N, K]  rows hidden_stride apart
                         const W*     __restrict__ w_gate,  // [E, K]  contiguous
                         const float* __restrict__ e_bias,  // [E]
@@ -103,7 +103,7 @@ dense_router_decode_mma(const bf16*  hidden,               // [N, K]  rows hidde
                         i64 hidden_stride, i64 logits_stride, i64 weights_stride, i64 ids_stride,    // elements
                         float scale)
 {
-    static_assert(WARPS == TILE && TILES <= WARPS, "a warp a token of a tile, and a tile of mine");
+    static_assert(WARPS >= TILE && TILES <= WARPS, "a warp a token of a tile, and a tile of mine");
     static_assert(WARPS % GROUPS == 0, "as many warps for each group of experts");
     constexpr int THREADS = LANES * WARPS;
     constexpr int SPLIT   = WARPS / GROUPS;                        // warps that share the channels of a block
@@ -112,7 +112,7 @@ dense_router_decode_mma(const bf16*  hidden,               // [N, K]  rows hidde
     __shared__ bool   last[TILES];
     union Phase {                                                  // first sums, later selection
         float4 part[WARPS][TILES][LANES];
-        RouteScratch<ITEMS> scratch[WARPS];
+        RouteScratch<ITEMS> scratch[TILE];
     };
     __shared__ alignas(16) unsigned char space[sizeof(Phase)];
     Phase& phase = *reinterpret_cast<Phase*>(space);
@@ -129,9 +129,7 @@ dense_router_decode_mma(const bf16*  hidden,               // [N, K]  rows hidde
     cluster_arrive();                                // all blocks have started: see the first cluster_wait
 
     // Ask for the weights, which are static. For hidden, which is not, ask L2 only.
-    const W* row[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) row[half] = w_gate + i64(min(e0 + g + 8 * half, E - 1)) * K + t * 8;
+    auto row = [&](int half) { return w_gate + i64(min(e0 + g + 8 * half, E - 1)) * K + t * 8; };
     typename FragmentOf<W>::Type w[STEPS];
     auto load_weights = [&](int s0) {
 #pragma unroll
@@ -139,13 +137,13 @@ dense_router_decode_mma(const bf16*  hidden,               // [N, K]  rows hidde
             w[i].clear();
 #pragma unroll
             for (int half = 0; half < 2; ++half)
-                if (s0 + i < end) w[i].load(half, row[half] + (s0 + i) * STEP);
+                if (s0 + i < end) w[i].load(half, row(half) + (s0 + i) * STEP);
         }
     };
     load_weights(begin);
     for (int s = begin + STEPS + t; s < end; s += 4) {             // a later round's
-        prefetch_l2(row[0] + s * STEP - t * 8);
-        prefetch_l2(row[1] + s * STEP - t * 8);
+        prefetch_l2(row(0) + s * STEP - t * 8);
+        prefetch_l2(row(1) + s * STEP - t * 8);
     }
     stage_bias<ITEMS, THREADS>(e_bias, E, bias);
     for (int line = blockIdx.x * THREADS + threadIdx.x; line * 64 < K * tokens; line += gridDim.x * THREADS)
@@ -219,7 +217,7 @@ dense_router_decode_mma(const bf16*  hidden,               // [N, K]  rows hidde
 
     for (int i = 0, tile = rank; tile * TILE < tokens; ++i, tile += C) {
         const int n = tile * TILE + warp;
-        if (last[i] && n < tokens)
+        if (last[i] && warp < TILE && n < tokens)
             route_row<TOP, ITEMS>(exchange, bias, phase.scratch[warp], n0 + n, E, lane, scale, weights, ids,
                                   weights_stride, ids_stride);
     }

@@ -21,7 +21,7 @@ def units(N, E, K, dtype):
     tile = dense.decode_tile(N, E, K, dtype)
     if isinstance(tile, dense.StreamTile):  # a thread's products in turn, lanes by a butterfly, warps in order
         return -(-(K // 8) // (32 * tile.warps)) * 8 + 5 + tile.warps
-    split = 8 // tile.groups
+    split = tile.warps // tile.groups
     steps = -(-(K // 32) // (tile.cluster * split)) + 1  # a warp's chain of mma: two a step, three times that for float
     return 1.01 * MMA_UNITS * 2 * steps * (3 if dtype == F32 else 1) + split + tile.cluster
 

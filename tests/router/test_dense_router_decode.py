@@ -25,9 +25,9 @@ def check(device, hidden, w_gate, bias, k=6, scale=2.5, **options):
     return weights, ids
 
 
-# Each choice of a kernel: streams of 1, 2, 4 tokens, two blocks of them; 1, 2, 4, 8 tiles of 8 tokens, two blocks.
+# Each choice of a kernel: streams of 1 to 4 tokens, two blocks of them; 1, 2, 4, 8 tiles of 8 tokens, two blocks.
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "float"])
-@pytest.mark.parametrize("N", [1, 2, 3, 7, 13, 30, 41, 70])
+@pytest.mark.parametrize("N", [1, 2, 3, 5, 7, 13, 30, 41, 70])
 def test_matches_oracle(device, rng, N, dtype):
     check(device, *gate(rng, N, 256, 512, dtype), 6, 1.5)
 
@@ -159,12 +159,35 @@ def test_reads_strided_rows_and_writes_only_its_own(device, rng, guarded, N):
     assert space.intact()
 
 
-@pytest.mark.parametrize("N", [3, 19])
+@pytest.mark.parametrize("N", [1, 3, 19])
 def test_programmatic_dependent_launch_changes_nothing(device, rng, N):
     inputs = gate(rng, N, 256, 256)
     plain, early = run(device, *inputs), run(device, *inputs, pdl=True)
     assert np.array_equal(plain[0], early[0])
     assert np.array_equal(plain[1], early[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("N", [1, 2, 4, 6, 8, 16, 33])
+def test_many_dependent_launches_share_a_workspace(gpu, rng, N):
+    """Each starts while the ones before still run, and waits where it must: the bits of launches one by one."""
+    import cupy
+
+    E, K, each = 256, 1024, []
+    space = dense.new_workspace(E, 64)
+    _, w_gate, bias = (gpu.array(x) for x in gate(rng, 1, E, K))
+    for _ in range(200):
+        hidden = gpu.array(rng.standard_normal((N, K)).astype(BF16))
+        out = (cupy.full((N, 6), np.nan, np.float32), cupy.full((N, 6), -7, np.int32))
+        each.append((hidden, dense_router_decode(hidden, w_gate, bias, workspace=space), out))
+    gpu.synchronize()
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        for hidden, _, out in each:
+            dense_router_decode(hidden, w_gate, bias, workspace=space, out=out, pdl=True)
+        stream.synchronize()
+    for _, want, got in each:
+        assert all(bool((a.view(np.int32) == b.view(np.int32)).all()) for a, b in zip(want, got, strict=True))
 
 
 def test_no_tokens(device, rng):
@@ -189,6 +212,23 @@ def test_the_workspace_serves_one_size_after_another(device, rng):
     space = dense.new_workspace(128, 64)
     for N in (64, 1, 9, 33, 4, 1):
         check(device, *gate(rng, N, 128, 128), workspace=space)
+
+
+def test_tiles_are_forms_the_kernels_have():
+    for dtype in (BF16, F32):
+        for E in (1, 6, 61, 256, 384, 511, 512):
+            for K in (64, 320, 4096, 4160, 7168, 65536):
+                for N in range(1, 513):
+                    tile = dense.decode_tile(N, E, K, dtype)
+                    if isinstance(tile, dense.StreamTile):
+                        assert tile.tokens <= tile.warps
+                        assert 1 <= tile.experts * tile.tokens <= 32
+                        assert -(-N // tile.tokens) <= dense.TICKETS
+                    else:
+                        assert tile.warps % tile.groups == 0
+                        assert tile.tiles <= (8 if tile.warps == 8 else 4)
+                        assert 1 <= tile.steps <= 8
+                        assert -(-N // 8) <= dense.TICKETS
 
 
 def test_says_what_is_wrong(emulator):

@@ -5,6 +5,7 @@ import pytest
 from gates import gate, product_units
 
 from dsv4_rt import ArgumentError, GateProduct, dense_router_prefill
+from dsv4_rt.arrays import framework
 from dsv4_rt.formats import BF16
 from dsv4_rt.router import reference
 from dsv4_rt.router.product import bf16_parts
@@ -31,10 +32,21 @@ def test_matches_oracle(device, product, rng, N, E, K):
     reference.check_dense_router(weights, ids, hidden, w_gate, bias, 6, 1.5, product_units(K))
 
 
-def test_allocates_its_results_if_none_are_given(device, product, rng):
+def test_allocates_its_results_if_none_are_given(device, product, rng, monkeypatch):
     hidden, w_gate, bias = gate(rng, 9, 64, 128)
     inputs = [device.array(x) for x in (hidden, w_gate, bias)]
+    home, shapes = framework(inputs[0]), []
+    plain = home.empty
+
+    def poisoned(shape, dtype, on):
+        made = plain(shape, dtype, on)
+        made[...] = np.nan if dtype == np.float32 else -7
+        shapes.append(shape)
+        return made
+
+    monkeypatch.setattr(home, "empty", poisoned)  # what is not written shows, logits too
     weights, ids = (device.numpy(x) for x in dense_router_prefill(*inputs, product=product))
+    assert shapes == [(9, 6), (9, 6), (9, 64)]
     reference.check_dense_router(weights, ids, hidden, w_gate, bias, 6, 2.5, product_units(128))
 
 

@@ -46,7 +46,7 @@ def hash_router(rng, weights="gate", dtype=BF16, **options):
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "float"])
 def test_dense_of_every_size(device, cublas, rng, dtype):
     router, w_gate, bias = dense_router(rng, dtype, max_num_tokens=260)
-    limit = dense.decode_limit(np.dtype(dtype))
+    limit = dense.decode_limit(np.dtype(dtype), K, False)
     for N in (0, 1, 2, 5, 8, 40, limit, limit + 1, 260):
         hidden = rng.standard_normal((N, K)).astype(BF16)
         weights, ids = router(device.array(hidden))
@@ -55,6 +55,23 @@ def test_dense_of_every_size(device, cublas, rng, dtype):
         reference.check_dense_router(
             device.numpy(weights), device.numpy(ids), hidden, w_gate, bias, 6, 1.5, bound if N else 0
         )
+
+
+def test_wide_gates_take_two_launches_earlier_without_pdl(device, cublas, rng, monkeypatch):
+    N, E, K = 33, 16, 4160
+    hidden, w_gate, bias = gate(rng, N, E, K)
+    products = []
+    run = dsv4_rt.GateProduct.run
+    monkeypatch.setattr(dsv4_rt.GateProduct, "run", lambda *args: (products.append(args[4]), run(*args)))
+    for most, taken in ((65, [33]), (64, [])):  # a router for 64 tokens does without cuBLAS
+        router = Router(K, E, max_num_tokens=most)
+        router.load_weights(w_gate, bias)
+        router.finalize_weights()
+        products.clear()
+        for pdl in (True, False):
+            weights, ids = (device.numpy(x) for x in router(device.array(hidden), pdl=pdl))
+            reference.check_dense_router(weights, ids, hidden, w_gate, bias, 6, 2.5, product_units(K))
+        assert products == taken
 
 
 @pytest.mark.parametrize("token", [np.int32, np.int64])
@@ -280,7 +297,7 @@ def test_loading_says_what_is_wrong(emulator, rng):
     gated = Router(K, E, mode="hash", vocab_size=V)
     uniform = Router(K, E, mode="hash", hash_weights="uniform", vocab_size=V)
     outside = table.copy()
-    outside[3, 1] = E
+    outside[3, :2] = 0, E
     infinite = w.astype(np.float32)
     infinite[7, 3] = -np.inf
     for router, match, given in (
