@@ -19,6 +19,7 @@ from dsv4_rt.errors import ArgumentError
 from dsv4_rt.formats import BF16, F32
 from dsv4_rt.launch import POINTER, Prepared, load
 from dsv4_rt.operation import Call, Instance, Operation, Plan
+from dsv4_rt.router import dense_sm100
 from dsv4_rt.router.ops import MAX_K, prepare_activation_topk
 from dsv4_rt.router.product import GateProduct
 
@@ -166,8 +167,13 @@ class MmaTile:
     cluster: int
 
 
-def decode_tile(N: int, E: int, K: int, dtype: Dtype) -> StreamTile | MmaTile:
+Tile = StreamTile | MmaTile | dense_sm100.Sm100Tile
+
+
+def decode_tile(N: int, E: int, K: int, dtype: Dtype, arch: str = "sm_90a") -> Tile:
     """The kernel and its tile for a shape. bench/results/h200-dense-router-decode-tiles.txt has the measurements."""
+    if blackwell := dense_sm100.tile(N, E, K, dtype, arch):
+        return blackwell
     wide = K > 4096
     if N <= 4 or (N <= 8 and not wide and dtype == BF16):
         tokens = min(N, 2) if N <= 2 else 4
@@ -189,8 +195,10 @@ def decode_tile(N: int, E: int, K: int, dtype: Dtype) -> StreamTile | MmaTile:
     return MmaTile(tiles, 1, 4 if wide else 2, 8)
 
 
-def decode_instance(tile: StreamTile | MmaTile, E: int, k: int, dtype: Dtype) -> tuple[str, str]:
+def decode_instance(tile: Tile, E: int, k: int, dtype: Dtype) -> tuple[str, str]:
     """Source and name expression of the instantiation for a tile."""
+    if isinstance(tile, dense_sm100.Sm100Tile):
+        return dense_sm100.instance(E, k)
     head = f"{_C_WEIGHT[dtype]}, {k}, {4 * -(-E // 128)}"
     if isinstance(tile, StreamTile):
         return STREAM, f"dense_router_decode<{head}, {tile.tokens}, {tile.experts}, {tile.chunks}, {tile.warps}>"
@@ -217,7 +225,9 @@ def prepare_dense_router_decode(
             np.uint64 or POINTER.
         strides: elements between rows of hidden, logits, weights and ids; contiguous if None.
     """
-    tile = decode_tile(N, E, K, dtype)
+    tile = decode_tile(N, E, K, dtype, on.arch)
+    if isinstance(tile, dense_sm100.Sm100Tile):
+        return dense_sm100.prepare(on, tile, (N, E, K), k, scale, arguments, strides or (K, E, k, k), pdl)
     if isinstance(tile, StreamTile):
         grid, block, cluster = (-(-E // tile.experts), -(-N // tile.tokens)), 32 * tile.warps, None
     else:
@@ -428,7 +438,11 @@ def _decode_instances() -> tuple[Instance, ...]:
                 tile = decode_tile(N, E, K, dtype)
                 long = isinstance(tile, StreamTile) and tile.chunks == 4
                 found[decode_instance(tile, E, k, dtype)] = 176 if long else 128
-    return tuple(Instance(source, name, registers) for (source, name), registers in found.items())
+    blackwell = tuple(
+        Instance(*dense_sm100.instance(E, k), 64, dense_sm100.ARCHITECTURES)
+        for E, k in ((6, 6), (256, 6), (384, 6), (512, 16))
+    )
+    return tuple(Instance(source, name, registers) for (source, name), registers in found.items()) + blackwell
 
 
 INSTANCES = _decode_instances()
