@@ -81,6 +81,7 @@ dense_router_decode_sm100(const __grid_constant__ TensorMap hidden,    // [N, K]
 
     // Which experts, which channels and which tokens are mine?
     const int lane = threadIdx.x % LANES, warp = warp_index();
+    const bool issues = one_lane();                  // in the warps that copy and multiply
     const int rank = cluster_rank();
     const int e0 = blockIdx.x / C * EXPERTS, n0 = blockIdx.y * TOKENS, tokens = min(N - n0, TOKENS);
     const int pieces = K / PIECE, begin = pieces * rank / C, steps = pieces * (rank + 1) / C - begin;
@@ -95,14 +96,17 @@ dense_router_decode_sm100(const __grid_constant__ TensorMap hidden,    // [N, K]
     cluster_arrive();                                // all blocks have started: see the first cluster_wait
 
     // Ask for the weights, which are static. For hidden, which is not, ask L2 only.
-    if (warp == COPIES && lane == 0) {
+    if (warp == COPIES && issues) {
+#pragma unroll 1
         for (int s = 0; s < stages; ++s) {
             mbarrier_init(shared_address(&full[s]), 1);
             mbarrier_init(shared_address(&empty[s]), 1);
         }
         mbarrier_init(shared_address(&done), 1);
         fence_mbarrier_init();
+#pragma unroll 1
         for (int i = 0; i < min(steps, stages); ++i) load_weights(i, i);
+#pragma unroll 1
         for (int i = 0; i < steps; ++i) tma_prefetch_2d(hidden, (begin + i) * PIECE, n0);
     }
     if (warp == MULTIPLIES) {
@@ -126,7 +130,7 @@ dense_router_decode_sm100(const __grid_constant__ TensorMap hidden,    // [N, K]
     let_dependents_start();
 
     // My share of the products.
-    if (warp == COPIES && lane == 0) {
+    if (warp == COPIES && issues) {
         u32 parity = 1;                              // of the phase in which a stage was emptied
         for (int i = 0, s = 0; i < steps; ++i) {
             if (i >= stages) {
@@ -137,7 +141,7 @@ dense_router_decode_sm100(const __grid_constant__ TensorMap hidden,    // [N, K]
             if (++s == stages) s = 0, parity ^= 1;
         }
     }
-    if (warp == MULTIPLIES && lane == 0) {
+    if (warp == MULTIPLIES && issues) {
         u32 parity = 0;                              // of the phase in which a stage is filled
         for (int i = 0, s = 0; i < steps; ++i) {
             mbarrier_wait(shared_address(&full[s]), parity);
