@@ -132,6 +132,7 @@ dense_router_decode_sm100(const __grid_constant__ TensorMap hidden,    // [N, K]
     // My share of the products.
     if (warp == COPIES && issues) {
         u32 parity = 1;                              // of the phase in which a stage was emptied
+#pragma unroll 1
         for (int i = 0, s = 0; i < steps; ++i) {
             if (i >= stages) {
                 mbarrier_wait(shared_address(&empty[s]), parity);
@@ -143,6 +144,7 @@ dense_router_decode_sm100(const __grid_constant__ TensorMap hidden,    // [N, K]
     }
     if (warp == MULTIPLIES && issues) {
         u32 parity = 0;                              // of the phase in which a stage is filled
+#pragma unroll 1
         for (int i = 0, s = 0; i < steps; ++i) {
             mbarrier_wait(shared_address(&full[s]), parity);
             tc_fence_after();
