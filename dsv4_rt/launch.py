@@ -227,6 +227,8 @@ class Prepared:
         try:
             try:
                 self._write(*pointers)
+            except ArgumentError:  # of a map: the address does not suit it
+                raise
             except (TypeError, ValueError, struct.error) as error:
                 wanted = len(self._pointer_params)
                 raise LaunchError(f"{self.kernel.name}: {wanted} pointers are wanted, {pointers!r} given") from error

@@ -218,6 +218,8 @@ def test_a_launch_gives_as_many_addresses_as_there_are_maps_and_pointers(emulato
     ready = load(SOURCE, "first").prepare(1, 32, form, np.int32(0), POINTER)
     with pytest.raises(LaunchError, match="2 pointers are wanted"):
         ready.launch([4096])
+    with pytest.raises(ArgumentError, match="an array at 0x1008; TMA takes multiples of 16 B"):
+        ready.launch([0x1008, 4096])
 
 
 def test_memory_of_the_host_is_reached_through_a_map(emulator):
