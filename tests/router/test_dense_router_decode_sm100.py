@@ -100,7 +100,7 @@ def test_the_models_shapes(rng, completion, N, E, K):
 @pytest.mark.slow
 @all_schedules
 def test_random_shapes(rng, completion):
-    for _ in range(30):
+    for _ in range(10):
         k = int(rng.integers(1, 17))
         N, E, K = int(rng.integers(5, 65)), int(rng.integers(k, 513)), 64 * int(rng.integers(1, 33))
         print(f"N {N}, E {E}, K {K}, k {k}")
