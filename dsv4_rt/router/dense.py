@@ -167,13 +167,8 @@ class MmaTile:
     cluster: int
 
 
-Tile = StreamTile | MmaTile | dense_sm100.Sm100Tile
-
-
-def decode_tile(N: int, E: int, K: int, dtype: Dtype, arch: str = "sm_90a") -> Tile:
+def decode_tile(N: int, E: int, K: int, dtype: Dtype) -> StreamTile | MmaTile:
     """The kernel and its tile for a shape. bench/results/h200-dense-router-decode-tiles.txt has the measurements."""
-    if blackwell := dense_sm100.tile(N, E, K, dtype, arch):
-        return blackwell
     wide = K > 4096
     if N <= 4 or (N <= 8 and not wide and dtype == BF16):
         tokens = min(N, 2) if N <= 2 else 4
@@ -195,10 +190,8 @@ def decode_tile(N: int, E: int, K: int, dtype: Dtype, arch: str = "sm_90a") -> T
     return MmaTile(tiles, 1, 4 if wide else 2, 8)
 
 
-def decode_instance(tile: Tile, E: int, k: int, dtype: Dtype) -> tuple[str, str]:
+def decode_instance(tile: StreamTile | MmaTile, E: int, k: int, dtype: Dtype) -> tuple[str, str]:
     """Source and name expression of the instantiation for a tile."""
-    if isinstance(tile, dense_sm100.Sm100Tile):
-        return dense_sm100.instance(E, k)
     head = f"{_C_WEIGHT[dtype]}, {k}, {4 * -(-E // 128)}"
     if isinstance(tile, StreamTile):
         return STREAM, f"dense_router_decode<{head}, {tile.tokens}, {tile.experts}, {tile.chunks}, {tile.warps}>"
@@ -225,9 +218,10 @@ def prepare_dense_router_decode(
             np.uint64 or POINTER.
         strides: elements between rows of hidden, logits, weights and ids; contiguous if None.
     """
-    tile = decode_tile(N, E, K, dtype, on.arch)
-    if isinstance(tile, dense_sm100.Sm100Tile):
-        return dense_sm100.prepare(on, tile, (N, E, K), k, scale, arguments, strides or (K, E, k, k), pdl)
+    blackwell = dense_sm100.tile(N, E, K, dtype, on.arch)  # before decode_tile: a table of its own
+    if blackwell is not None:
+        return dense_sm100.prepare(on, blackwell, (N, E, K), k, scale, arguments, strides or (K, E, k, k), pdl)
+    tile = decode_tile(N, E, K, dtype)
     if isinstance(tile, StreamTile):
         grid, block, cluster = (-(-E // tile.experts), -(-N // tile.tokens)), 32 * tile.warps, None
     else:
@@ -438,11 +432,7 @@ def _decode_instances() -> tuple[Instance, ...]:
                 tile = decode_tile(N, E, K, dtype)
                 long = isinstance(tile, StreamTile) and tile.chunks == 4
                 found[decode_instance(tile, E, k, dtype)] = 176 if long else 128
-    blackwell = tuple(
-        Instance(*dense_sm100.instance(E, k), 64, dense_sm100.ARCHITECTURES)
-        for E, k in ((6, 6), (256, 6), (384, 6), (512, 16))
-    )
-    return tuple(Instance(source, name, registers) for (source, name), registers in found.items()) + blackwell
+    return tuple(Instance(source, name, registers) for (source, name), registers in found.items())
 
 
-INSTANCES = _decode_instances()
+INSTANCES = _decode_instances() + dense_sm100.INSTANCES

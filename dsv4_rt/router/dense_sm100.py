@@ -16,6 +16,7 @@ from dsv4_rt.checks import Dtype
 from dsv4_rt.device import Device
 from dsv4_rt.formats import BF16
 from dsv4_rt.launch import POINTER, Prepared, load
+from dsv4_rt.operation import Instance
 from dsv4_rt.tensor_map import TensorMapAt
 
 SOURCE = "router/dense_router_decode_sm100.cu"
@@ -47,7 +48,7 @@ class Sm100Tile:
 
 
 def tile(N: int, E: int, K: int, dtype: Dtype, arch: str) -> Sm100Tile | None:
-    """The tile for a shape; None where another form is taken: few tokens, float32 weights, no tcgen05.
+    """The tile for a shape; None where `dense.decode_tile` has it: few tokens, float32 weights, no tcgen05.
 
     At most 16 clusters, what 8 GPCs of 16 SMs hold at once, and of their experts as few as that allows; as many stages
     as a block has pieces of channels, so that everything is in flight at once up to K = 8,192.
@@ -60,6 +61,13 @@ def tile(N: int, E: int, K: int, dtype: Dtype, arch: str) -> Sm100Tile | None:
 def instance(E: int, k: int) -> tuple[str, str]:
     """Source and name expression of the instantiation for E experts."""
     return SOURCE, f"dense_router_decode_sm100<{k}, {4 * -(-E // 128)}>"
+
+
+# What the released models use, and the least and the widest form.
+INSTANCES = tuple(
+    Instance(*instance(E, k), registers=64, architectures=ARCHITECTURES)
+    for E, k in ((6, 6), (256, 6), (384, 6), (512, 16))
+)
 
 
 def prepare(

@@ -19,9 +19,9 @@ def gate(rng, N, E, K, dtype=BF16, size=2.0):
 
 def units(N, E, K, dtype):
     """Bound of the logits' error of dense_router_decode, on the current device, in UNITs of the sum of magnitudes."""
-    tile = dense.decode_tile(N, E, K, dtype, dsv4_rt.device().arch)
-    if isinstance(tile, dense_sm100.Sm100Tile):  # products of 16 channels in one chain, then 8 blocks in order
+    if dense_sm100.tile(N, E, K, dtype, dsv4_rt.device().arch):  # 16 channels at a time in one chain, 8 blocks in order
         return 1.01 * MMA_UNITS * 4 * -(-K // 512) + 8
+    tile = dense.decode_tile(N, E, K, dtype)
     if isinstance(tile, dense.StreamTile):  # a thread's products in turn, lanes by a butterfly, warps in order
         return -(-(K // 8) // (32 * tile.warps)) * 8 + 5 + tile.warps
     split = 8 // tile.groups

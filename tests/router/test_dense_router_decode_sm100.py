@@ -39,7 +39,7 @@ def check(device, inputs, k=6, scale=2.5, workspace=None, pdl=False):
     """Into poisoned outputs, between logits; the tickets stand at zero again. Returns weights and ids."""
     hidden, w_gate, bias = inputs
     N, E = len(hidden), len(w_gate)
-    assert isinstance(dense.decode_tile(N, *w_gate.shape, w_gate.dtype, device.arch), dense_sm100.Sm100Tile)
+    assert dense_sm100.tile(N, *w_gate.shape, w_gate.dtype, device.arch)
     space = dense.new_workspace(E, N, device) if workspace is None else workspace
     out = device.array(np.full((N, k), np.nan, np.float32)), device.array(np.full((N, k), -77, np.int32))
     kept = device.array(np.full((N, E), np.nan, np.float32))
@@ -225,16 +225,21 @@ def test_rows_far_apart_and_rows_that_are_one(device, rng):
 
 
 def test_the_table():
-    """Few tokens and float weights stay with the streaming form and mma.sync; Hopper with both."""
+    """Few tokens and float weights stay with the streaming form and mma.sync, Hopper with both."""
     for arch in ("sm_90a", "sm_100a", "sm_103a"):
         for dtype in (BF16, F32):
             for N in (1, 4, 5, 8, 64, 65, 512):
-                tile = dense.decode_tile(N, 256, 4096, dtype, arch)
-                wanted = arch != "sm_90a" and dtype == BF16 and N > 4
-                assert isinstance(tile, dense_sm100.Sm100Tile) == wanted
+                tile = dense_sm100.tile(N, 256, 4096, dtype, arch)
+                assert (tile is not None) == (arch != "sm_90a" and dtype == BF16 and N > 4)
     assert dense_sm100.tile(8, 256, 4096, BF16, "sm_100a") == dense_sm100.Sm100Tile(16, 8)
     assert dense_sm100.tile(64, 384, 7168, BF16, "sm_100a") == dense_sm100.Sm100Tile(24, 14)
     assert dense_sm100.tile(64, 512, 65536, BF16, "sm_100a") == dense_sm100.Sm100Tile(32, 16)
+
+
+@pytest.mark.parametrize(("N", "dtype", "taken"), [(5, BF16, True), (4, BF16, False), (5, F32, False)])
+def test_the_launcher_follows_the_table(emulator, N, dtype, taken):
+    ready = dense.prepare_dense_router_decode(emulator, N, 64, 128, 6, 2.5, dtype)
+    assert ready.kernel.name.startswith("dense_router_decode_sm100<") == taken
 
 
 @pytest.mark.parametrize("E", [16, 128, 129, 256, 384, 385, 512])
