@@ -291,7 +291,7 @@ def _build(architectures: Sequence[str]) -> list[_Built]:
     def build(instance: Instance, arch: str) -> _Built:
         return _Built(instance, arch, compile(instance.source, arch, (instance.name,)).kernels[instance.name])
 
-    wanted = [(instance, arch) for instance in instances() for arch in dict.fromkeys(architectures)]
+    wanted = [(i, arch) for i in instances() for arch in dict.fromkeys(architectures) if arch in i.architectures]
     columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -336,6 +337,9 @@ class CudaDevice:
         return config
 
     def encode_tensor_map(self, fields: dict[str, Any]) -> bytes:
+        return self.tensor_map_encoder(fields)(fields["address"])
+
+    def tensor_map_encoder(self, fields: dict[str, Any]) -> Callable[[int], bytes]:
         cu = self._cu
 
         def code(kind: str, name: str) -> Any:
@@ -346,21 +350,24 @@ class CudaDevice:
         sizes += [[cu.cuuint32_t(n) for n in fields[name]] for name in ("box", "element_strides")]
         fill = "NONE" if fields["oob_fill"] == "zero" else "NAN_REQUEST_ZERO_FMA"
         promotion = fields["l2_promotion"]
-        with self._current():
-            found = self._call(
-                cu.cuTensorMapEncodeTiled(
-                    code("DataType", f"DATA_TYPE_{TENSOR_MAP_TYPES[fields['dtype']]}"),
-                    len(fields["shape"]),
-                    fields["address"],
-                    *sizes,
-                    code("Interleave", "INTERLEAVE_NONE"),
-                    code("Swizzle", f"SWIZZLE_{fields['swizzle'].upper()}"),
-                    code("L2promotion", f"L2_PROMOTION_{'NONE' if promotion == 'none' else 'L2_' + promotion}"),
-                    code("FloatOOBfill", f"FLOAT_OOB_FILL_{fill}"),
-                ),
-                f"encoding a tensor map: {fields}",
-            )
-        return b"".join(int(word).to_bytes(8, "little") for word in found.opaque)
+        head = (code("DataType", f"DATA_TYPE_{TENSOR_MAP_TYPES[fields['dtype']]}"), len(fields["shape"]))
+        tail = (
+            *sizes,
+            code("Interleave", "INTERLEAVE_NONE"),
+            code("Swizzle", f"SWIZZLE_{fields['swizzle'].upper()}"),
+            code("L2promotion", f"L2_PROMOTION_{'NONE' if promotion == 'none' else 'L2_' + promotion}"),
+            code("FloatOOBfill", f"FLOAT_OOB_FILL_{fill}"),
+        )
+
+        def encode(address: int) -> bytes:
+            with self._current():
+                found = self._call(
+                    cu.cuTensorMapEncodeTiled(*head, address, *tail),
+                    f"encoding a tensor map at {address:#x}: {fields}",
+                )
+            return struct.pack("<16Q", *map(int, found.opaque))
+
+        return encode
 
     @contextlib.contextmanager
     def _cupy(self, what: str) -> Iterator[Any]:

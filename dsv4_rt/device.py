@@ -105,6 +105,9 @@ class Device(Protocol):
     def encode_tensor_map(self, fields: dict[str, Any]) -> bytes:
         """The 128 bytes of a tensor map; `fields` as `TensorMap.fields` gives them."""
 
+    def tensor_map_encoder(self, fields: dict[str, Any]) -> Callable[[int], bytes]:
+        """The same for one address after another: all else is as in `fields`."""
+
     def empty(self, shape: int | Sequence[int], dtype: Any) -> Any: ...
     def array(self, host: Any) -> Any: ...
     def numpy(self, array: Any) -> np.ndarray[Any, Any]: ...

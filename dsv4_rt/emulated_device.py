@@ -121,6 +121,9 @@ class EmulatedDevice:
     def encode_tensor_map(self, fields: dict[str, Any]) -> bytes:
         return tensormap.encode(fields)
 
+    def tensor_map_encoder(self, fields: dict[str, Any]) -> Callable[[int], bytes]:
+        return lambda address: tensormap.encode(fields | {"address": address})
+
     def empty(self, shape: int | Sequence[int], dtype: Any) -> Any:
         """An uninitialised NumPy array in the arena: poisoned, between red zones, freed with its last view."""
         dtype = np.dtype(dtype)

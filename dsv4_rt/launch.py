@@ -26,7 +26,7 @@ from dsv4_rt.arrays import View, framework, stream_handle, view
 from dsv4_rt.compile import compile
 from dsv4_rt.device import Device, Geometry, LoadedKernel, Parameters, Region, device
 from dsv4_rt.errors import ArgumentError, LaunchError
-from dsv4_rt.tensor_map import TensorMap
+from dsv4_rt.tensor_map import TensorMap, TensorMapAt
 
 
 class _Pointer:
@@ -123,7 +123,8 @@ class Kernel:
         cooperative: bool = False,
         pdl: bool = False,
     ) -> Prepared:
-        """Check and build a launch once; a later call only writes pointers. Arguments as for `launch`, or POINTER."""
+        """Check and build a launch once; a later call only writes pointers. Arguments as for `launch`, or POINTER, or
+        a TensorMapAt: a pointer too, whose address the kernel gets in a tensor map."""
         geometry = Geometry(
             _three(grid), _three(block), shared, _three(cluster) if cluster is not None else None, cooperative, pdl
         )
@@ -173,9 +174,14 @@ class Prepared:
         self._lock = threading.Lock()
         self._pointer_params = []
         self._maps: list[TensorMap] = []  # which keep their arrays alive
+        mapped = []  # (which pointer, where in the buffer, the map)
         for i, (arg, param) in enumerate(zip(args, info.params, strict=True)):
             if arg is POINTER:
                 data = bytes(8)
+                self._pointer_params.append(i)
+            elif isinstance(arg, TensorMapAt):
+                data = bytes(128)
+                mapped.append((len(self._pointer_params), param.offset, arg))
                 self._pointer_params.append(i)
             elif isinstance(arg, np.generic):
                 data = arg.tobytes()
@@ -196,7 +202,8 @@ class Prepared:
                     f"{kernel.name}: argument {i} ({what}) has {len(data)} B, the kernel's parameter {param.size} B"
                 )
             params.buffer[param.offset : param.offset + param.size] = data
-        self._write = _pointer_writer(params, [info.params[i].offset for i in self._pointer_params])
+        offsets = [info.params[i].offset for i in self._pointer_params]
+        self._write = _mapped_writer(params, offsets, mapped, kernel.device)
         self._enqueue = kernel.device.bind(kernel.loaded, geometry, params)
 
     def __call__(self, stream: int = 0) -> None:
@@ -220,6 +227,8 @@ class Prepared:
         try:
             try:
                 self._write(*pointers)
+            except ArgumentError:  # of a map: the address does not suit it
+                raise
             except (TypeError, ValueError, struct.error) as error:
                 wanted = len(self._pointer_params)
                 raise LaunchError(f"{self.kernel.name}: {wanted} pointers are wanted, {pointers!r} given") from error
@@ -243,6 +252,26 @@ def _pointer_writer(params: Parameters, offsets: Sequence[int]) -> Callable[...,
     def write(*pointers: int) -> None:
         for pack, offset, pointer in zip(each, offsets, pointers, strict=True):
             pack(params.buffer, offset, pointer)
+
+    return write
+
+
+def _mapped_writer(
+    params: Parameters, offsets: Sequence[int], mapped: Sequence[tuple[int, int, TensorMapAt]], on: Device
+) -> Callable[..., None]:
+    """The same where some of the addresses go into tensor maps."""
+    if not mapped:
+        return _pointer_writer(params, offsets)
+    plain = [i for i in range(len(offsets)) if all(i != which for which, _, _ in mapped)]
+    write_plain = _pointer_writer(params, [offsets[i] for i in plain])
+    buffer, maps = params.buffer, [(which, at, form.encoder(on)) for which, at, form in mapped]
+
+    def write(*pointers: int) -> None:
+        if len(pointers) != len(offsets):
+            raise ValueError("as many addresses as pointers")
+        for which, at, encoded in maps:
+            buffer[at : at + 128] = encoded(pointers[which])
+        write_plain(*[pointers[i] for i in plain])
 
     return write
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from dsv4_rt.arrays import FACTS, Framework, View, device_holding, framework, stream_handle
 from dsv4_rt.checks import overlap
+from dsv4_rt.compile import ARCHITECTURES
 from dsv4_rt.device import Device, device
 from dsv4_rt.errors import ArgumentError
 
@@ -35,6 +36,7 @@ class Instance:
     source: str  # path below the kernels directory
     name: str  # name expression
     registers: int  # budget a thread; the build test fails above it
+    architectures: tuple[str, ...] = ARCHITECTURES  # it has code for
 
 
 def instances() -> tuple[Instance, ...]:

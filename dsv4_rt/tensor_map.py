@@ -13,7 +13,7 @@ rules are the CUDA driver API's; that an H200's driver agrees on each is in test
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ MAX_RANK = 5
 MAX_BOX = 256  # elements along an axis
 MAX_BOX_BYTES = 228 * 1024
 MAX_ELEMENT_STRIDE = 8
+ADDRESSES = 1024  # maps that a TensorMapAt keeps
 # Element types by their names in PTX: bits, and what an array may hold for them.
 DTYPES = {
     "u8": 8, "u16": 16, "u32": 32, "s32": 32, "u64": 64, "s64": 64, "f16": 16, "f32": 32, "f64": 64, "bf16": 16,
@@ -45,8 +46,8 @@ class TensorMap:
     """How TMA sees an array: a tensor of up to five axes, and the box that one instruction moves.
 
     Args:
-        array: any framework's array, kept alive by the map. The last axis is contiguous, the others may be strided or
-            overlap; 16-byte aligned.
+        array: any framework's array, kept alive by the map, or a View. The last axis is contiguous, the others may be
+            strided or overlap; 16-byte aligned.
         box: elements an instruction moves, for each axis, at most 256; the row (last axis) has a multiple of 16 bytes.
         dtype: the element type by its PTX name; that of the array if None. "tf32" of a float32 array rounds what is
             loaded to the nearest tf32; "u4x16" of a uint8 array counts its nibbles (not on sm_90a).
@@ -73,7 +74,7 @@ class TensorMap:
         l2_promotion: str = "128B",
         interleave: str = "none",
     ) -> None:
-        seen = view(array)
+        seen = array if isinstance(array, View) else view(array)
         name = dtype or _OF_ARRAY.get(seen.dtype.name) or ("u8" if seen.dtype.itemsize == 1 else "")
         self.dtype = _one_of("dtype", name or seen.dtype.name, DTYPES)
         self.swizzle = _one_of("swizzle", swizzle, SWIZZLES)
@@ -171,6 +172,51 @@ class TensorMap:
             refuse(f"oob_fill 'nan' of {self.dtype}, which is no float")
         if self.dtype == "u4x16" and self.shape[-1] % 2:
             refuse("u4x16 takes an even number of elements on the last axis")
+
+
+class TensorMapAt:
+    """A tensor map whose array begins where a launch says: what `prepare` takes in place of POINTER.
+
+        ready = kernel.prepare(grid, block, TensorMapAt((T, K), (K, 1), BF16, (64, 64), swizzle="128B"), POINTER)
+        ready.launch([x.data.ptr, out.data.ptr], stream)
+
+    The driver encodes a map once for each address (microseconds); the last ADDRESSES of them are kept.
+
+    Args:
+        shape, strides, dtype: of the array, strides in elements.
+        box, options: as for `TensorMap`.
+
+    Raises:
+        ArgumentError: TMA cannot do it; the message says which rule.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], strides: Sequence[int], dtype: np.dtype[Any], box: Sequence[int], **options: Any
+    ) -> None:
+        anywhere = View(1 << 12, tuple(shape), tuple(strides), dtype, "cuda", 0, True)
+        self._form = TensorMap(anywhere, box, **options)
+
+    def __repr__(self) -> str:
+        return f"TensorMapAt({self._form!r})"
+
+    def encoder(self, on: Device) -> Callable[[int], bytes]:
+        """A function of the address that returns the 128 bytes for a device.
+
+        It raises ArgumentError if the address is null or not a multiple of 16.
+        """
+        encode, known = on.tensor_map_encoder(self._form.fields()), dict[int, bytes]()
+
+        def encoded(address: int) -> bytes:
+            found = known.get(address)
+            if found is None:
+                if address % 16 or not address:
+                    raise ArgumentError(f"{self!r}: an array at {address:#x}; TMA takes multiples of 16 B")
+                if len(known) >= ADDRESSES:
+                    known.clear()
+                found = known[address] = encode(address)
+            return found
+
+        return encoded
 
 
 def _one_of(what: str, given: Any, known: Any) -> str:

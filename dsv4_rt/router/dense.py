@@ -19,6 +19,7 @@ from dsv4_rt.errors import ArgumentError
 from dsv4_rt.formats import BF16, F32
 from dsv4_rt.launch import POINTER, Prepared, load
 from dsv4_rt.operation import Call, Instance, Operation, Plan
+from dsv4_rt.router import dense_sm100
 from dsv4_rt.router.ops import MAX_K, prepare_activation_topk
 from dsv4_rt.router.product import GateProduct
 
@@ -223,6 +224,9 @@ def prepare_dense_router_decode(
             np.uint64 or POINTER.
         strides: elements between rows of hidden, logits, weights and ids; contiguous if None.
     """
+    blackwell = dense_sm100.tile(N, E, K, dtype, on.arch)  # before decode_tile: a table of its own
+    if blackwell is not None:
+        return dense_sm100.prepare(on, blackwell, (N, E, K), k, scale, arguments, strides or (K, E, k, k), pdl)
     tile = decode_tile(N, E, K, dtype)
     cluster = None
     if isinstance(tile, StreamTile):
@@ -442,4 +446,4 @@ def _decode_instances() -> tuple[Instance, ...]:
     return tuple(Instance(source, name, registers) for (source, name), registers in found.items())
 
 
-INSTANCES = _decode_instances()
+INSTANCES = _decode_instances() + dense_sm100.INSTANCES

@@ -21,5 +21,13 @@ __device__ __forceinline__ float lanes_sum(float v) {
 // Which lanes say yes, as a mask.
 __device__ __forceinline__ u32 lanes_where(bool yes) { return __ballot_sync(ALL_LANES, yes); }
 
+// True in one lane, always the same. The compiler then knows that one thread runs what it guards, and that operands
+// which the machine wants in uniform registers (copies, tensor cores, from sm_90a on) are uniform there.
+__device__ __forceinline__ bool one_lane() {
+    u32 yes;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(yes));
+    return yes != 0;
+}
+
 // The lanes below mine, as a mask.
 __device__ __forceinline__ u32 lanes_below(int lane) { return (1u << lane) - 1u; }

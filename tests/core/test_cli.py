@@ -369,7 +369,7 @@ def test_kernels_lists_every_instance_for_each_architecture_without_spills(run):
     assert code == 0
     rows = json.loads(out)
     assert [(r["source"], r["name"], r["arch"]) for r in rows] == [
-        (i.source, i.name, arch) for i in instances() for arch in ARCHITECTURES
+        (i.source, i.name, arch) for i in instances() for arch in ARCHITECTURES if arch in i.architectures
     ]
     for row in rows:
         assert row["spill_store_bytes"] == row["spill_load_bytes"] == 0, row

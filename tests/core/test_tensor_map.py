@@ -7,7 +7,9 @@ import pytest
 from numpy.lib.stride_tricks import as_strided
 
 from dsv4_rt import ArgumentError, KernelFault, LaunchError
+from dsv4_rt.arrays import view
 from dsv4_rt.launch import POINTER, TensorMap, load
+from dsv4_rt.tensor_map import ADDRESSES, TensorMapAt
 
 SOURCE = str(Path(__file__).with_name("tensor_map.cu"))
 BIG = 1 << 20
@@ -170,6 +172,54 @@ def test_a_prepared_launch_keeps_the_map_and_its_array(device):
     address = out.ctypes.data if isinstance(out, np.ndarray) else out.data.ptr
     ready.launch([address])
     assert np.array_equal(device.numpy(out), x[9])
+
+
+@pytest.mark.parametrize("place", ["first", "last", "second"])
+def test_the_array_of_a_map_may_be_another_each_launch(device, place):
+    form = TensorMapAt((64, 16), (16, 1), np.dtype(np.uint32), (1, 16))
+    y, out = np.int32(5), device.array(np.zeros(16, np.uint32))
+    args = {"first": (form, y, POINTER), "last": (POINTER, y, form), "second": (form, np.int8(1), form, y, POINTER)}
+    ready = load(SOURCE, place).prepare(1, 32, *args[place])
+    arrays = [device.array(np.arange(1024, dtype=np.uint32) + 5000 * i) for i in range(3)]
+    for i in (0, 1, 2, 1, 0):
+        given = {"first": (arrays[i], out), "last": (out, arrays[i]), "second": (arrays[0], arrays[i], out)}[place]
+        views = [view(a) for a in given]
+        ready.launch([v.ptr for v in views], device.current_stream(), views)
+        assert np.array_equal(device.numpy(out), np.arange(80, 96) + 5000 * i)
+
+
+def test_a_map_is_encoded_once_for_each_address(emulator, monkeypatch):
+    seen = []
+    plain = type(emulator).tensor_map_encoder
+
+    def counting(self, fields):
+        encode = plain(self, fields)
+        return lambda address: seen.append(address) or encode(address)
+
+    monkeypatch.setattr(type(emulator), "tensor_map_encoder", counting)
+    encoded = TensorMapAt((64, 16), (16, 1), np.dtype(np.uint32), (1, 16)).encoder(emulator)
+    assert encoded(4096) == encoded(4096) != encoded(8192)
+    assert seen == [4096, 8192]
+    array = emulator.array(np.zeros((64, 16), np.uint32))
+    assert encoded(view(array).ptr) == TensorMap(array, (1, 16)).encode(emulator)
+    for i in range(ADDRESSES):  # and not kept without end
+        encoded(16 * (i + 1))
+    assert encoded(4096) == encoded(4096)
+    with pytest.raises(ArgumentError, match="an array at 0x1008; TMA takes multiples of 16 B"):
+        encoded(0x1008)
+    with pytest.raises(ArgumentError, match="an array at 0x0; TMA takes"):
+        encoded(0)
+    with pytest.raises(ArgumentError, match="axis 0 steps 72 B"):
+        TensorMapAt((64, 16), (18, 1), np.dtype(np.uint32), (1, 16))
+
+
+def test_a_launch_gives_as_many_addresses_as_there_are_maps_and_pointers(emulator):
+    form = TensorMapAt((64, 16), (16, 1), np.dtype(np.uint32), (1, 16))
+    ready = load(SOURCE, "first").prepare(1, 32, form, np.int32(0), POINTER)
+    with pytest.raises(LaunchError, match="2 pointers are wanted"):
+        ready.launch([4096])
+    with pytest.raises(ArgumentError, match="an array at 0x1008; TMA takes multiples of 16 B"):
+        ready.launch([0x1008, 4096])
 
 
 def test_memory_of_the_host_is_reached_through_a_map(emulator):
