@@ -338,18 +338,19 @@ _DENSE_ROUTER_DECODE = Operation(
 PREFILL_PDL_LIMIT = 512
 
 
-def decode_limit(dtype: Dtype, K: int, pdl: bool) -> int:
+def decode_limit(dtype: Dtype, K: int, pdl: bool, arch: str = "sm_90a") -> int:
     """Up to how many tokens a Router takes dense_router_decode, and above it dense_router_prefill.
 
     H200, microseconds, one launch against two (activation_topk early: PREFILL_PDL_LIMIT). By programmatic dependent
     launch, bfloat16 weights: 128 tokens 8.5 against 8.2 to 9.0 (flash; pro 12.5, 10.0), 64 tokens 5.3, 8.1 (7.2, 8.8).
     Without it 64 tokens 7.2, 8.1, but in pro 10.0, 8.8 to 9.6; 40 tokens 9.9, 8.6 to 9.3; 32 tokens 7.9, 9.2. Float
     weights are three products for cuBLAS, and one launch of 128 tokens takes 10.8 (16.4).
-    bench/results/h200-dense-router-decode-tiles.txt, and h200-router.txt: pair PDL.
+    bench/results/h200-dense-router-decode-tiles.txt, and h200-router.txt: pair PDL. What loses there is the form by
+    mma.sync; that by tcgen05 has been timed nowhere and has up to 64 tokens.
     """
     if dtype != BF16:
         return 128
-    return 64 if pdl or K <= 4096 else 32
+    return 64 if pdl or K <= 4096 or arch in dense_sm100.ARCHITECTURES else 32
 
 
 class ProductThen:

@@ -244,7 +244,7 @@ class Router:
             self._replays.clear()
 
     def _decode_limit(self, pdl: bool) -> int:
-        return dense.decode_limit(self._arrays["W_gate"].dtype, self.hidden_size, pdl)
+        return dense.decode_limit(self._arrays["W_gate"].dtype, self.hidden_size, pdl, self.device.arch)
 
     def _whole_product(self, N: int, pdl: bool) -> bool:
         """Does a call of N tokens compute all logits by the product?"""

@@ -46,7 +46,7 @@ def hash_router(rng, weights="gate", dtype=BF16, **options):
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "float"])
 def test_dense_of_every_size(device, cublas, rng, dtype):
     router, w_gate, bias = dense_router(rng, dtype, max_num_tokens=260)
-    limit = dense.decode_limit(np.dtype(dtype), K, False)
+    limit = dense.decode_limit(np.dtype(dtype), K, False, device.arch)
     for N in (0, 1, 2, 5, 8, 40, limit, limit + 1, 260):
         hidden = rng.standard_normal((N, K)).astype(BF16)
         weights, ids = router(device.array(hidden))
@@ -63,7 +63,8 @@ def test_wide_gates_take_two_launches_earlier_without_pdl(device, cublas, rng, m
     products = []
     run = dsv4_rt.GateProduct.run
     monkeypatch.setattr(dsv4_rt.GateProduct, "run", lambda *args: (products.append(args[4]), run(*args)))
-    for most, taken in ((65, [33]), (64, [])):  # a router for 64 tokens does without cuBLAS
+    two = [33] if device.arch == "sm_90a" else []  # the form by tcgen05 is another kernel
+    for most, taken in ((65, two), (64, [])):  # a router for 64 tokens does without cuBLAS
         router = Router(K, E, max_num_tokens=most)
         router.load_weights(w_gate, bias)
         router.finalize_weights()
