@@ -204,8 +204,11 @@ def all_forms() -> list[TensorForm]:
     return [*_matrix_forms(), *_mma_forms(), *_wgmma_forms()]
 
 
-def _descriptor(words: list[int], rows: int, major: int, lo: int, hi: int) -> int:
-    """A descriptor whose reach [rows x 32 bytes of k, or k x rows] lies in shared [lo, hi), by its random words."""
+def descriptor(words: list[int], rows: int, major: int, lo: int, hi: int, size: int = 2) -> int:
+    """A descriptor whose reach [rows x 32 bytes of k, or k x rows] lies in shared [lo, hi), by its random words.
+
+    size: bytes an element, which matters where it is MN-major.
+    """
     mode = words[0] % 4  # 0 none, 1 128 B, 2 64 B, 3 32 B
     pitch = (16, 128, 64, 32)[mode]
     step = (128, 16, 128, 1024)[words[1] % 4]
@@ -218,13 +221,13 @@ def _descriptor(words: list[int], rows: int, major: int, lo: int, hi: int) -> in
         lbo = 16 * (1 + words[3] % 32) if wide and words[1] % 4 else lbo
         reach = (blocks - 1) * sbo + 8 * pitch + (lbo if wide else 32)
     else:
-        atom = 8 if mode == 0 else pitch // 2
+        atom, ahead = pitch // size, 32 // size // 8 - 1  # elements across; k groups behind the first
         blocks = -(-rows // atom)
         many = min(step * (1 + words[2] % 16), (hi - lo - 4096) // max(blocks, 1) // 16 * 16)
         few = 16 * (1 + words[3] % 64)
         if not words[1] % 4:
             many, few = 8 * pitch, min(8 * pitch * blocks, 2048)
-        reach = (blocks - 1) * many + few + 8 * pitch
+        reach = (blocks - 1) * many + ahead * few + 8 * pitch
         sbo, lbo = (many, few) if mode == 0 else (few, many)
     slack = hi - lo - reach - 1024
     assert slack >= 0, (rows, major, mode, reach)
@@ -259,8 +262,8 @@ def inputs(form: TensorForm, seed: int = SEED) -> dict[str, np.ndarray]:
             image[i, :SPLIT] = draw(seed, f"{form.name} A{i}", a, SPLIT // BYTES[a], manner).view(np.uint8)
             image[i, SPLIT:] = draw(seed, f"{form.name} B{i}", b, (IMAGE - SPLIT) // BYTES[b], manner).view(np.uint8)
             w = [int(x >> np.uint64(8)) for x in words[i]]
-            table[i, 0] = _descriptor(w[:7], 64, form.majors[0], FIRST, FIRST + SPLIT)
-            table[i, 1] = _descriptor(w[7:14], form.n, form.majors[1], FIRST + SPLIT, FIRST + IMAGE)
+            table[i, 0] = descriptor(w[:7], 64, form.majors[0], FIRST, FIRST + SPLIT)
+            table[i, 1] = descriptor(w[7:14], form.n, form.majors[1], FIRST + SPLIT, FIRST + IMAGE)
             table[i, 2] = w[14] % 4 != 0
         found["e"], found["i"] = table.reshape(-1), image.reshape(-1)
     return found
