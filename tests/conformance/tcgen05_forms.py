@@ -172,9 +172,7 @@ def _product(label: str, product: Product, family: str = "mma", note: str = "") 
     a, b, d = product.types
     sides = ("tmem" if product.from_tmem else "KM"[product.majors[0]]) + "KM"[product.majors[1]]
     name = f"{family} {product.kind} {a} {b} {d} {product.m}x{product.n}x{product.depth} {sides}{label}"
-    return Tcgen05Form(
-        name, family, source, product.columns, cluster=1 + pair, product=product, note=note
-    )
+    return Tcgen05Form(name, family, source, product.columns, cluster=1 + pair, product=product, note=note)
 
 
 def _products() -> list[Tcgen05Form]:

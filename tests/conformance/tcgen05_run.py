@@ -4,16 +4,16 @@
     python tests/conformance/tcgen05_run.py --on emulator --out FOLDER   # judges the emulator by NumPy
 
 --on cuda compares bits with the emulator too, and every result with float64: FOLDER/tcgen05.txt says for each form what
-share of the results is equal bit for bit, and the largest error as a part of what may be. --access-check has ptxas build in
+share of the results is equal bit for bit, and the largest error as a part of what may be. --access-check has ptxas add
 checks of tensor-memory accesses. The forms run in a process of their own: one that stops the GPU is reported, and the
 others run in the next. Exit status: 0 nothing is wrong, 1 something is, 2 there is no such GPU.
 
 What may be. Integers small enough to be exact are exact, cells that no instruction writes keep what they held, moves
 and marks are NumPy's. Else a step adds k products and the accumulator in a unit that loses, of each, what lies F bits
-below the largest, and then rounds once: the error grows by (k + 1) 2^-F S + 2^-m |D|, S the sum of the magnitudes. No
-B200 has been measured: F = m = 23, that is fp32, is asked of f16, bf16 and tf32; F = m = 13 of 8-bit factors, as in
-Hopper's unit; m = 10 of an f16 accumulator, whatever its rounding. The emulator is held to what it says of itself: exact
-sums in float64 (F = 47), m = 23, or 11 for f16, which it rounds to nearest.
+below the largest, and then rounds once: the error grows by (k + 1) 2^-F S + 2^-m |D|, S the sum of the magnitudes,
+2^-133 at least. No B200 has been measured. F = m = 23, which is fp32, is asked of f16, bf16 and tf32; F = m = 13 of
+8-bit factors, as Hopper's unit has it; m = 10 of an f16 accumulator, whatever its rounding. The emulator is held to
+what it says of itself: exact sums in float64 (F = 47), m = 23, or 11 for f16, which it rounds to nearest.
 """
 
 from __future__ import annotations
@@ -35,7 +35,16 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "emulator"), str(HERE.parents[1])]
 from operands import SEED  # noqa: E402
 from programs import nvrtc_ptx  # noqa: E402
 from tcgen05_forms import (  # noqa: E402
-    IMAGE, Tcgen05Form, all_forms, cuda, decode, elements, factors, inputs, marks, moved,
+    IMAGE,
+    Tcgen05Form,
+    all_forms,
+    cuda,
+    decode,
+    elements,
+    factors,
+    inputs,
+    marks,
+    moved,
 )  # fmt: skip
 from tensor_operands import FORMATS, MANNERS  # noqa: E402
 
@@ -47,6 +56,7 @@ SHARED = IMAGE + 1024
 FORM_SECONDS = 20  # of a form on a GPU, compilation left out
 ACCESS_CHECK = "--ptxas-options=--g-tensor-memory-access-check"
 Results = dict[str, np.ndarray]
+LEAST = 2.0**-133  # no unit that is known aligns to a smaller one
 EXACT = "ints"  # the manner whose sums are exact
 # Sums that hardware is known to make (emulator/mma.py): those of Hopper's wide kinds, and of its 8-bit kinds.
 UNITS = {"F = 25": WIDE, "F = 13, m = 13": NARROW}
@@ -74,7 +84,8 @@ def on_emulator(forms: list[Tcgen05Form], seed: int = SEED, completion: str = "e
         arrays = [data.get("before"), data.get("table"), data.get("image"), out["after"], out["registers"]]
         arrays = [a if a is not None and a.size else None for a in arrays]
         params = b"".join((0 if a is None else a.ctypes.data).to_bytes(8, "little") for a in arrays)
-        tokens = [machine.memory.register(a.ctypes.data, a.nbytes, label="operand", keep=a) for a in arrays if a is not None]
+        present = [a for a in arrays if a is not None]
+        tokens = [machine.memory.register(a.ctypes.data, a.nbytes, label="operand", keep=a) for a in present]
         try:
             machine.launch(
                 module, entries[form.name], form.ctas, 128, params + form.columns.to_bytes(4, "little"),
@@ -143,7 +154,8 @@ def child(folder: Path, seed: int) -> None:
         pointers = np.array([params.ctypes.data + 8 * i for i in range(6)], np.uint64)
         function = call(d.cuModuleGetFunction(module, entries[form.name].encode()))
         shared = SHARED if form.product else 0
-        call(d.cuFuncSetAttribute(function, d.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared))
+        attribute = d.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        call(d.cuFuncSetAttribute(function, attribute, shared))
         call(d.cuLaunchKernel(function, form.ctas, 1, 1, 128, 1, 1, shared, 0, int(pointers.ctypes.data), 0))
         call(d.cuCtxSynchronize())
         for i, name in ((3, "after"), (4, "registers")):
@@ -156,7 +168,9 @@ def child(folder: Path, seed: int) -> None:
         print(number, flush=True)
 
 
-def on_cuda(numbers: list[int], folder: Path, seed: int, command: list[str], seconds: float = FORM_SECONDS) -> dict[int, str]:
+def on_cuda(
+    numbers: list[int], folder: Path, seed: int, command: list[str], seconds: float = FORM_SECONDS
+) -> dict[int, str]:
     """Run forms in children; {number: why it has no result}. `command` starts a child.
 
     A child that says nothing for so long is ended, and the form it had in hand is the culprit.
@@ -165,9 +179,12 @@ def on_cuda(numbers: list[int], folder: Path, seed: int, command: list[str], sec
     left = list(numbers)
     while left:
         text = "".join(f"{number}\n" for number in left)
-        with (folder / "child.txt").open("w+") as log, subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log, text=True
-        ) as process:
+        with (
+            (folder / "child.txt").open("w+") as log,
+            subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log, text=True
+            ) as process,
+        ):
             assert process.stdin is not None
             process.stdin.write(text)
             process.stdin.close()
@@ -256,12 +273,13 @@ def _product(form: Tcgen05Form, data: Results, got: Results, hardware: bool) -> 
                 sizes = _at_least(p.types[0], finite[0]) @ _at_least(p.types[1], finite[1]).T
                 sizes += _at_least(p.types[2], finite[2]) + error
                 total = total + a @ b.T
-                error += (p.depth + 1) * 2.0**-bounds.fraction * sizes
+                error += (p.depth + 1) * 2.0**-bounds.fraction * np.maximum(sizes, LEAST)
                 error += 2.0**-bounds.mantissa * (np.abs(np.where(np.isfinite(total), total, 0.0)) + error) + least
                 large |= np.isfinite(total) & (np.abs(total) + error >= limit)
             bits = after[p.rows, : p.n] & np.uint32(0xFFFF if half else 0xFFFFFFFF)
             result = decode(p.types[2], bits)
-            same = np.where(np.isfinite(total), np.isfinite(result), result == total) | (np.isnan(total) & np.isnan(result))
+            same = np.where(np.isfinite(total), np.isfinite(result), result == total)
+            same |= np.isnan(total) & np.isnan(result)
             part = np.where(np.isfinite(total) & np.isfinite(result), np.abs(result - total) / error, 0.0)
         if manner == EXACT:
             part = np.where(result == total, 0.0, np.inf)
@@ -272,7 +290,8 @@ def _product(form: Tcgen05Form, data: Results, got: Results, hardware: bool) -> 
         worst = max(worst, float(part.max()))
         if part.max() > 1:
             m, n = (int(i) for i in np.unravel_index(int(part.argmax()), part.shape))
-            wrong.append(f"{where}: D[{m}, {n}] is {result[m, n]:.9g}, {total[m, n]:.9g} in float64; {int((part > 1).sum())} such")
+            values = f"D[{m}, {n}] is {result[m, n]:.9g}, {total[m, n]:.9g} in float64"
+            wrong.append(f"{where}: {values}; {int((part > 1).sum())} such")
     return worst, wrong
 
 
@@ -391,7 +410,8 @@ def main() -> int:
     if not forms:
         parser.error(f"no form's name holds {args.only!r}")
     args.out.mkdir(parents=True, exist_ok=True)
-    conditions: dict[str, object] = {"on": args.on, "seed": args.seed, "date": datetime.date.today(), "commit": args.commit}
+    conditions: dict[str, object] = {"on": args.on, "seed": args.seed, "date": datetime.date.today()}
+    conditions["commit"] = args.commit
     failed: dict[int, str] = {}
     if args.on == "cuda":
         arch = gpu_arch()
@@ -405,7 +425,7 @@ def main() -> int:
         for old in args.out.glob("*.npz"):
             old.unlink()
         command = [sys.executable, __file__, "--child", "--out", str(args.out), "--seed", str(args.seed)]
-        failed = on_cuda(numbers, args.out, args.seed, command)
+        failed = on_cuda(numbers, args.out, command)
     emulated = on_emulator(forms, args.seed)
     verdicts = []
     for number, form in zip(numbers, forms, strict=True):

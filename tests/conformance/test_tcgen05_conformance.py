@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tcgen05_run
-from tcgen05_forms import COMMITS, CTAS, REGISTERS, all_forms, cuda, inputs
+from tcgen05_forms import COMMITS, REGISTERS, all_forms, cuda, inputs
 from tcgen05_run import UNITS, Verdict, by_unit, cubin, gpu_arch, judge, on_cuda, on_emulator, report
 
 FORMS = all_forms()
@@ -83,7 +83,10 @@ def test_sums_of_known_hardware_are_right(unit, rng):
     narrow = [form for form in PRODUCTS if form.product.kind == "f8f6f4"]
     forms = (narrow if unit == "F = 13, m = 13" else PRODUCTS)[::4]
     emulated = on_emulator(forms, seed)
-    verdicts = [judge(form, inputs(form, seed), by_unit(form, inputs(form, seed), unit), emulated[form.name]) for form in forms]
+    verdicts = []
+    for form in forms:
+        data = inputs(form, seed)
+        verdicts.append(judge(form, data, by_unit(form, data, unit), emulated[form.name]))
     assert not [v for v in verdicts if v.state == "FAILED"]
     assert all(f"100.0000% equal to sums of {unit}" in v.note for v in verdicts if v.state == "right")
     assert any(v.state == "right" and v.equal < v.words for v in verdicts)
@@ -164,7 +167,7 @@ for line in sys.stdin:
 
 
 def test_a_form_that_stops_the_gpu_or_hangs_is_left_out(tmp_path):
-    failed = on_cuda(list(range(6)), tmp_path, 0, [sys.executable, "-c", CHILD, str(tmp_path)], seconds=1)
+    failed = on_cuda(list(range(6)), tmp_path, [sys.executable, "-c", CHILD, str(tmp_path)], seconds=1)
     assert failed == {2: "driver: CUDA_ERROR_ILLEGAL_INSTRUCTION", 4: "no end after 1 s"}
     assert sorted(path.stem for path in tmp_path.glob("*.npz")) == ["0", "1", "3", "5"]
 
