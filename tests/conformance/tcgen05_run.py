@@ -200,14 +200,14 @@ def on_cuda(
 
 def _watch(process: subprocess.Popen[str], folder: Path, numbers: list[int], seconds: float) -> str:
     """Wait for a child while results keep coming; why it was ended, or nothing."""
-    before = -1
+    before = 0
     while True:
         try:
             process.wait(seconds)
             return ""
         except subprocess.TimeoutExpired:
             now = sum((folder / f"{number}.npz").exists() for number in numbers)
-            if now == before or (before < 0 and not now):
+            if now == before:
                 process.kill()
                 return f"no end after {seconds:g} s"
             before = now

@@ -15,7 +15,8 @@ import numpy as np
 from operands import SEED, random_bits
 from tensor_operands import BYTES, MANNERS, draw, groups
 
-HEAD = ".version 8.7\n.target sm_90a\n.address_size 64\n"
+from kernels import head
+
 WARPS = 64  # of a warp-wide form: eight for each manner
 CTAS = 16  # of a wgmma form: two for each manner
 IMAGE = 49152  # bytes of shared memory; A lies below SPLIT, B above
@@ -86,9 +87,9 @@ def _kernel(form: TensorForm, name: str) -> str:
     return "\n".join([*lines, "ret;", "}", ""])
 
 
-def ptx(forms: list[TensorForm]) -> str:
-    """A module with an entry f0, f1, ... for each form."""
-    return HEAD + "\n".join(_kernel(form, f"f{i}") for i, form in enumerate(forms))
+def ptx(forms: list[TensorForm], arch: str = "sm_90a") -> str:
+    """A module with an entry f0, f1, ... for each form; wgmma is of sm_90a only."""
+    return head(arch, "8.7") + "\n".join(_kernel(form, f"f{i}") for i, form in enumerate(forms))
 
 
 def _mma_forms() -> list[TensorForm]:
