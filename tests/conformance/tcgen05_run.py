@@ -34,21 +34,12 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "emulator"), str(HERE.parents[1])]
 
 from operands import SEED  # noqa: E402
 from programs import nvrtc_ptx  # noqa: E402
-from tcgen05_forms import (  # noqa: E402
-    IMAGE,
-    Tcgen05Form,
-    all_forms,
-    cuda,
-    decode,
-    elements,
-    factors,
-    inputs,
-    marks,
-    moved,
-)  # fmt: skip
+from tcgen05_forms import IMAGE, NARROW, Tcgen05Form, all_forms, cuda, inputs  # noqa: E402
+from tcgen05_numpy import MORE, copied, decode, elements, factors, marks, moved, scales  # noqa: E402
 from tensor_operands import FORMATS, MANNERS  # noqa: E402
 
-from dsv4_rt.emulator.mma import NARROW, WIDE, dot  # noqa: E402
+from dsv4_rt.emulator import mma  # noqa: E402
+from dsv4_rt.errors import UnsupportedInstruction  # noqa: E402
 
 ARCHITECTURES = {(10, 0): "sm_100a", (10, 3): "sm_103a"}
 POISON = 0xA5A5A5A5
@@ -59,7 +50,12 @@ Results = dict[str, np.ndarray]
 LEAST = 2.0**-133  # no unit that is known aligns to a smaller one
 EXACT = "ints"  # the manner whose sums are exact
 # Sums that hardware is known to make (emulator/mma.py): those of Hopper's wide kinds, and of its 8-bit kinds.
-UNITS = {"F = 25": WIDE, "F = 13, m = 13": NARROW}
+UNITS = {"F = 25": mma.WIDE, "F = 13, m = 13": mma.NARROW}
+
+
+def shared_bytes(form: Tcgen05Form) -> int:
+    """Dynamic shared memory of a form."""
+    return SHARED if form.product or form.family == "copy" else 0
 
 
 def blank(form: Tcgen05Form) -> Results:
@@ -71,7 +67,7 @@ def blank(form: Tcgen05Form) -> Results:
 
 
 def on_emulator(forms: list[Tcgen05Form], seed: int = SEED, completion: str = "early") -> dict[str, Results]:
-    """Results by form's name."""
+    """Results by form's name, of those that the emulator does not refuse."""
     from dsv4_rt.emulator import Machine
 
     source, entries = cuda(forms)
@@ -89,12 +85,14 @@ def on_emulator(forms: list[Tcgen05Form], seed: int = SEED, completion: str = "e
         try:
             machine.launch(
                 module, entries[form.name], form.ctas, 128, params + form.columns.to_bytes(4, "little"),
-                dynamic_shared=SHARED if form.product else 0, cluster=form.cluster if form.cluster > 1 else None,
+                dynamic_shared=shared_bytes(form), cluster=form.cluster if form.cluster > 1 else None,
             )  # fmt: skip
+            found[form.name] = out
+        except UnsupportedInstruction:
+            continue
         finally:
             for token in tokens:
                 machine.memory.unregister(token)
-        found[form.name] = out
     return found
 
 
@@ -153,7 +151,7 @@ def child(folder: Path, seed: int) -> None:
         params[5] = form.columns
         pointers = np.array([params.ctypes.data + 8 * i for i in range(6)], np.uint64)
         function = call(d.cuModuleGetFunction(module, entries[form.name].encode()))
-        shared = SHARED if form.product else 0
+        shared = shared_bytes(form)
         attribute = d.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         call(d.cuFuncSetAttribute(function, attribute, shared))
         call(d.cuLaunchKernel(function, form.ctas, 1, 1, 128, 1, 1, shared, 0, int(pointers.ctypes.data), 0))
@@ -218,7 +216,7 @@ def _watch(process: subprocess.Popen[str], folder: Path, numbers: list[int], sec
 
 @dataclass
 class Verdict:
-    """equal (bit for bit with the emulator, and right), right (within what may be) or FAILED."""
+    """equal (right, and the emulator's bit for bit), right (within what may be), FAILED, or refused by the emulator."""
 
     name: str
     state: str
@@ -238,14 +236,21 @@ def _bounds(types: tuple[str, str, str], hardware: bool) -> _Bounds:
     a, _, d = types
     if not hardware:
         return _Bounds(47, 11 if d == "f16" else 23)
-    narrow = a in ("e4m3", "e5m2")
+    narrow = a in ("e4m3", "e5m2", *NARROW)
     return _Bounds(13 if narrow else 23, 10 if d == "f16" else 13 if narrow else 23)
 
 
 def _at_least(ty: str, x: np.ndarray) -> np.ndarray:
     """Magnitudes as a unit aligns them: a subnormal has the least normal exponent."""
-    e, _, _ = FORMATS[ty]
+    if ty == "ue8m0":
+        return np.abs(x)
+    e, _, _ = (FORMATS | MORE)["e2m1" if ty == "e2m1x2" else ty]
     return np.where(x == 0, 0.0, np.maximum(np.abs(x), 2.0 ** (2 - (1 << e - 1))))
+
+
+def _teams(form: Tcgen05Form, array: np.ndarray) -> np.ndarray:
+    """[CTAs, ...] as [teams, CTAs of one, ...]."""
+    return array.reshape(-1, form.group, *array.shape[1:])
 
 
 def _product(form: Tcgen05Form, data: Results, got: Results, hardware: bool) -> tuple[float, list[str]]:
@@ -253,38 +258,43 @@ def _product(form: Tcgen05Form, data: Results, got: Results, hardware: bool) -> 
     p = form.product
     assert p is not None
     bounds, worst, wrong = _bounds(p.types, hardware), 0.0, []
-    half = p.types[2] == "f16"
+    half, changes = p.types[2] == "f16", p.changes
+    bits = np.uint32(0xFFFF if half else 0xFFFFFFFF)
     limit, least = (65504.0, 2.0**-24) if half else (2.0**128, 2.0**-149)
-    elsewhere = np.ones((128, form.columns), bool)
-    elsewhere[p.rows[:, None], np.arange(p.n)] = False
-    for cta in range(form.ctas):
-        manner, where = MANNERS[cta % len(MANNERS)], f"CTA {cta} ({MANNERS[cta % len(MANNERS)]})"
-        before, after = data["before"][cta], got["after"][cta]
+    elsewhere = np.ones((p.group, 128, form.columns), bool)
+    elsewhere[tuple(each[changes] for each in p.cells)] = False
+    for team, (before, after) in enumerate(zip(_teams(form, data["before"]), _teams(form, got["after"]), strict=True)):
+        manner = MANNERS[team % len(MANNERS)]
+        where = f"CTA {team * p.group} ({manner})"
         changed = int((before != after)[elsewhere].sum())
         if changed:
             wrong.append(f"{where}: {changed} words beside the result changed")
-        start = before[p.rows, : p.n] & np.uint32(0xFFFF if half else 0xFFFFFFFF)
-        total = decode(p.types[2], start) if data["table"][cta, 9] else np.zeros((p.m, p.n))
+        total = decode(p.types[2], before[p.cells] & bits) * 2.0**-p.shrink
+        if not data["table"][team * p.group, 9]:
+            total = np.zeros_like(total)
         error, large = np.zeros_like(total), np.zeros(total.shape, bool)
         with np.errstate(all="ignore"):
             for step in range(p.steps):
-                a, b = factors(form, data, cta, step)
-                finite = [np.where(np.isfinite(x), x, 0.0) for x in (a, b, total)]
-                sizes = _at_least(p.types[0], finite[0]) @ _at_least(p.types[1], finite[1]).T
-                sizes += _at_least(p.types[2], finite[2]) + error
-                total = total + a @ b.T
-                error += (p.depth + 1) * 2.0**-bounds.fraction * np.maximum(sizes, LEAST)
+                ab, scale = factors(form, data, team, step), scales(form, data, team, step)
+                sizes = [
+                    _at_least(ty, np.where(np.isfinite(x), x, 0.0)) * _at_least(p.scale_type, np.nan_to_num(s))
+                    for ty, x, s in zip(p.types, ab, scale, strict=False)
+                ]
+                size = sizes[0] @ sizes[1].T + error
+                size += _at_least(p.types[2], np.where(np.isfinite(total), total, 0.0))
+                total = total + (ab[0] * scale[0]) @ (ab[1] * scale[1]).T
+                error += (p.depth + 1) * 2.0**-bounds.fraction * np.maximum(size, LEAST)
                 error += 2.0**-bounds.mantissa * (np.abs(np.where(np.isfinite(total), total, 0.0)) + error) + least
                 large |= np.isfinite(total) & (np.abs(total) + error >= limit)
-            bits = after[p.rows, : p.n] & np.uint32(0xFFFF if half else 0xFFFFFFFF)
-            result = decode(p.types[2], bits)
+            result = decode(p.types[2], after[p.cells] & bits)
             same = np.where(np.isfinite(total), np.isfinite(result), result == total)
             same |= np.isnan(total) & np.isnan(result)
             part = np.where(np.isfinite(total) & np.isfinite(result), np.abs(result - total) / error, 0.0)
-        if manner == EXACT:
+        if manner == EXACT and not p.shrink:
             part = np.where(result == total, 0.0, np.inf)
-        part = np.where(large, 0.0, part)
-        special = int((~same & ~large).sum())
+        judged = ~large & changes
+        part = np.where(judged, part, 0.0)
+        special = int((~same & judged).sum())
         if special:
             wrong.append(f"{where}: {special} infinities or NaN differ")
         worst = max(worst, float(part.max()))
@@ -295,33 +305,39 @@ def _product(form: Tcgen05Form, data: Results, got: Results, hardware: bool) -> 
     return worst, wrong
 
 
+def has_units(form: Tcgen05Form) -> bool:
+    """Whether `by_unit` knows this product's operands."""
+    p = form.product
+    return p is not None and not p.vector and not p.shrink and not set(p.types) & set(NARROW)
+
+
 def by_unit(form: Tcgen05Form, data: Results, unit: str) -> Results:
     """What a product would be on hardware whose sums are those of a unit that is known: see UNITS."""
     p = form.product
     assert p is not None
     after, half = data["before"].copy(), p.types[2] == "f16"
-    for cta in range(form.ctas):
-        d = after[cta][p.rows, : p.n]
-        d = (d & np.uint32(0xFFFF)).astype(np.uint16) if half else d
-        d = d if data["table"][cta, 9] else np.zeros_like(d)
+    for team, cells in enumerate(_teams(form, after)):
+        before = cells[p.cells]
+        d = (before & np.uint32(0xFFFF)).astype(np.uint16) if half else before
+        d = d if data["table"][team * p.group, 9] else np.zeros_like(d)
         for step in range(p.steps):
-            a, b = (np.ascontiguousarray(x.T)[:, :, None] for x in elements(form, data, cta, step))
+            a, b = (np.ascontiguousarray(x.T)[:, :, None] for x in elements(form, data, team, step))
             with np.errstate(all="ignore"):
-                d = dot(a, b, d[:, :, None], p.types, UNITS[unit], p.negate[0] != p.negate[1])[:, :, 0]
+                d = mma.dot(a, b, d[:, :, None], p.types, UNITS[unit], p.negate[0] != p.negate[1])[:, :, 0]
             d = np.ascontiguousarray(d)
-        after[cta][p.rows[:, None], np.arange(p.n)] = d
+        cells[p.cells] = np.where(p.changes, d, before)
     return {"after": after}
 
 
 def _equal(form: Tcgen05Form, got: Results, other: Results) -> tuple[int, int]:
     """(words compared, equal ones): not where columns lie, nor the unused half of an f16 accumulator."""
-    alike = got["after"] == other["after"]
+    apart = _teams(form, got["after"] ^ other["after"])
     p = form.product
-    if p is not None:
-        mask = np.full(alike.shape[1:], 0xFFFFFFFF, np.uint32)
-        mask[p.rows[:, None], np.arange(p.n)] = 0xFFFF if p.types[2] == "f16" else 0xFFFFFFFF
-        alike = (got["after"] ^ other["after"]) & mask == 0
-    words, equal = alike.size, int(alike.sum())
+    if p is not None and p.types[2] == "f16":
+        mask = np.full(apart.shape[1:], 0xFFFFFFFF, np.uint32)
+        mask[p.cells] = 0xFFFF
+        apart = apart & mask
+    words, equal = apart.size, int((apart == 0).sum())
     if form.family == "move":
         words, equal = words + got["registers"].size, equal + int((got["registers"] == other["registers"]).sum())
     return words, equal
@@ -335,17 +351,16 @@ def _remark(form: Tcgen05Form, data: Results, got: Results) -> str:
     p = form.product
     if p is None or p.types[2] != "f16":
         return ""
-    high = got["after"][:, p.rows, : p.n] >> 16
-    kept = (high == data["before"][:, p.rows, : p.n] >> 16).mean()
-    return f"upper halves: {(high == 0).mean():.0%} zero, {kept:.0%} as before"
+    high, before = (_teams(form, each)[:, *p.cells] >> 16 for each in (got["after"], data["before"]))
+    return f"upper halves: {(high == 0).mean():.0%} zero, {(high == before).mean():.0%} as before"
 
 
-def judge(form: Tcgen05Form, data: Results, got: Results, emulator: Results | None = None) -> Verdict:
-    """A GPU's result against NumPy and the emulator's; without the latter, the emulator's against NumPy."""
+def judge(form: Tcgen05Form, data: Results, got: Results, emulator: Results | None, on: str = "cuda") -> Verdict:
+    """A GPU's result against NumPy and the emulator's if there is one; on "emulator", its own against NumPy."""
     worst, wrong = 0.0, []
-    if form.family == "move":
-        registers, after = moved(form, data["before"])
-        for name, want in (("registers", registers), ("after", after)):
+    if form.family in ("move", "copy"):
+        wanted = dict(zip(("registers", "after"), moved(form, data["before"]), strict=True)) if form.registers else {}
+        for name, want in (wanted or {"after": copied(form, data)}).items():
             bad = int((got[name] != want).sum())
             wrong += [f"{bad} of {want.size} words of {name} differ"] if bad else []
     elif form.family == "alloc":
@@ -354,14 +369,16 @@ def judge(form: Tcgen05Form, data: Results, got: Results, emulator: Results | No
         lanes = int((got["registers"] >> 16 != 0).sum()) + int((got["registers"] % 32 != 0).sum())
         wrong += [f"{lanes} bases name a lane, or are no multiple of 32"] if lanes else []
     else:
-        worst, wrong = _product(form, data, got, emulator is not None)
-    words, equal = _equal(form, got, emulator) if emulator else (0, 0)
+        worst, wrong = _product(form, data, got, on == "cuda")
+    words, equal = _equal(form, got, emulator) if emulator and on == "cuda" else (0, 0)
     notes = [*wrong[:4], *([f"and {len(wrong) - 4} more"] if len(wrong) > 4 else [])]
     notes += [each for each in (form.note if wrong else "", _remark(form, data, got)) if each]
-    if form.product and equal < words:
+    if has_units(form) and equal < words:
         for unit in UNITS:
             compared, alike = _equal(form, got, by_unit(form, data, unit))
             notes.append(f"{alike / compared:.4%} equal to sums of {unit}")
+    if on == "cuda" and not emulator:
+        notes.append("the emulator does not have it")
     state = "FAILED" if wrong else "equal" if words and equal == words else "right"
     return Verdict(form.name, state, words, equal, worst, "; ".join(notes))
 
@@ -372,7 +389,8 @@ def report(forms: list[Tcgen05Form], verdicts: list[Verdict], conditions: dict[s
     count = Counter(v.state for v in verdicts)
     lines = [
         ", ".join(f"{name} {value}" for name, value in conditions.items() if value != ""),
-        f"{len(verdicts)} forms: {count['equal']} equal bit for bit, {count['right']} right, {count['FAILED']} FAILED",
+        f"{len(verdicts)} forms: {count['equal']} equal bit for bit, {count['right']} right, {count['FAILED']} FAILED"
+        + (f", {count['refused']} refused by the emulator" if count["refused"] else ""),
         "",
         f"{'family':10} forms  equal  right  FAILED   equal words  largest error / allowed",
     ]
@@ -386,7 +404,7 @@ def report(forms: list[Tcgen05Form], verdicts: list[Verdict], conditions: dict[s
     lines.append("")
     for v in verdicts:
         share = f"{v.equal / v.words:9.4%}" if v.words else "         "
-        lines.append(f"{v.state:6} {share} {v.worst:9.3g}  {v.name}{': ' + v.note if v.note else ''}")
+        lines.append(f"{v.state:7} {share} {v.worst:9.3g}  {v.name}{': ' + v.note if v.note else ''}")
     return "\n".join(lines) + "\n"
 
 
@@ -436,10 +454,12 @@ def main() -> int:
         if args.on == "cuda":
             path = args.out / f"{number}.npz"
             with np.load(path) as file:
-                verdicts.append(judge(form, data, dict(file), emulated[form.name]))
+                verdicts.append(judge(form, data, dict(file), emulated.get(form.name)))
             path.unlink()
+        elif form.name in emulated:
+            verdicts.append(judge(form, data, emulated[form.name], None, "emulator"))
         else:
-            verdicts.append(judge(form, data, emulated[form.name]))
+            verdicts.append(Verdict(form.name, "refused"))
     text = report(forms, verdicts, conditions)
     (args.out / "tcgen05.txt").write_text(text)
     (args.out / "tcgen05.json").write_text(json.dumps([asdict(v) for v in verdicts], indent=0) + "\n")
