@@ -1,9 +1,9 @@
 """The tcgen05 forms that a B200 is to judge: products, commits, copies, tensor-memory loads, stores and allocations.
 
 A form is a small kernel. It fills tensor memory, shared memory or both, does one thing, and gives back all of tensor
-memory that it filled, so that what was changed beside the result shows too. Each of the eight CTAs of a product has
-operands in another manner (tensor_operands.py), and for every instruction descriptors of its own: a swizzle, strides, a
-base offset and a start, pattern-aligned or not, in a shared-memory image full of numbers.
+memory that it filled, so that what was changed beside the result shows too. Each of the eight CTAs (or pairs) of a
+product has operands in another manner (tensor_operands.py), and for every instruction descriptors of its own: a
+swizzle, strides, a base offset and a start, pattern-aligned or not, in a shared-memory image full of numbers.
 
 To add a product, add a call in `_products`. What else an instruction takes goes into `Product.instruction` (operands),
 `inputs` (what lies in memory) and tcgen05_numpy.py (what comes out).
@@ -411,14 +411,14 @@ def _move(shape: str, repeat: int) -> Tcgen05Form:
     wait_store();"""
     source = KERNEL % {"cluster": "", "sync": "", "name": "ENTRY", "count": 1, "body": body}
     columns = max(8, WIDTH[shape] * repeat)
-    return Tcgen05Form(f"ld, st {name}", "move", source, columns, count, shape=(shape, count, split))
+    return Tcgen05Form(f"ld, st {name}", "move", source, columns, count, ctas=2, shape=(shape, count, split))
 
 
 def _moves() -> list[Tcgen05Form]:
     return [_move(shape, 1 << i) for shape in REGISTERS for i in range(8) if REGISTERS[shape] << i <= 128]
 
 
-def _alloc(script: str, ctas: int = CTAS) -> Tcgen05Form:
+def _alloc(script: str, ctas: int = 2) -> Tcgen05Form:
     """+N allocates N columns for the next slot, -I gives slot I back. First and last column of each are marked."""
     lines, sizes, live = [], [], []
 

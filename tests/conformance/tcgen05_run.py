@@ -166,9 +166,7 @@ def child(folder: Path, seed: int) -> None:
         print(number, flush=True)
 
 
-def on_cuda(
-    numbers: list[int], folder: Path, seed: int, command: list[str], seconds: float = FORM_SECONDS
-) -> dict[int, str]:
+def on_cuda(numbers: list[int], folder: Path, command: list[str], seconds: float = FORM_SECONDS) -> dict[int, str]:
     """Run forms in children; {number: why it has no result}. `command` starts a child.
 
     A child that says nothing for so long is ended, and the form it had in hand is the culprit.
@@ -272,7 +270,7 @@ def _product(form: Tcgen05Form, data: Results, got: Results, hardware: bool) -> 
         total = decode(p.types[2], before[p.cells] & bits) * 2.0**-p.shrink
         if not data["table"][team * p.group, 9]:
             total = np.zeros_like(total)
-        error, large = np.zeros_like(total), np.zeros(total.shape, bool)
+        error, large = np.full_like(total, least if p.shrink else 0.0), np.zeros(total.shape, bool)
         with np.errstate(all="ignore"):
             for step in range(p.steps):
                 ab, scale = factors(form, data, team, step), scales(form, data, team, step)
