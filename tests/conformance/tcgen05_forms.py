@@ -6,7 +6,7 @@ product has operands in another manner (tensor_operands.py), and for every instr
 swizzle, strides, a base offset and a start, pattern-aligned or not, in a shared-memory image full of numbers.
 
 To add a product, add a call in `_products`. What else an instruction takes goes into `Product.instruction` (operands),
-`inputs` (what lies in memory) and tcgen05_numpy.py (what comes out).
+`inputs` (what lies in memory) and tcgen05_numpy.py (what comes out). The file is long because it is that table.
 """
 
 from __future__ import annotations
