@@ -1,4 +1,4 @@
-"""The command line: python -m dsv4_rt demo | doctor | kernels | warmup | cache | emulate.
+"""The command line: python -m dsv4_rt demo | doctor | kernels | warmup | cache | emulate | selftest.
 
 Exit codes: 0 done, 1 the command's answer is bad (a result differs from the oracle, nothing can run), 2 an error.
 With --json one document goes to standard output and nothing else; errors and progress go to standard error.
@@ -24,7 +24,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from dsv4_rt import __version__, demo, doctor, emulate
+from dsv4_rt import __version__, demo, doctor, emulate, selftest
 from dsv4_rt.cache import cache_info
 from dsv4_rt.compile import ARCHITECTURES, KernelInfo, cache_clear, compile
 from dsv4_rt.device import open_device, use_device
@@ -105,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("action", nargs="?", choices=("clear",), help="remove all entries")
 
     emulate.add_arguments(command("emulate", _emulate, "run a kernel of any PTX or CUDA file on the emulator, checked"))
+    selftest.add_arguments(command("selftest", _selftest, "all that a GPU can judge, in one report"))
     return parser
 
 
@@ -409,3 +410,16 @@ def _emulate(options: argparse.Namespace) -> int:
     else:
         emulate.show(outcome, _Output(), options.histogram)
     return 1 if outcome.fault else 0
+
+
+# ----------------------------------------------------------------------------------------------------- selftest
+
+
+def _selftest(options: argparse.Namespace) -> int:
+    def say(line: str) -> None:
+        print(line, file=sys.stderr if options.json else sys.stdout, flush=True)
+
+    document = selftest.run(options, say)
+    if options.json:
+        _print_json(document)
+    return int(document["exit_status"])

@@ -106,20 +106,20 @@ def examine(spec: str | None = None) -> Findings:
         spec: try this device only, named as DSV4_RT_DEVICE names one.
     """
     driver, driver_problem = _driver_version()
-    gpus = _gpus()
+    found_gpus = gpus()
     compiler, compiler_problem = _attempt(compiler_build)
     sources, sources_problem = _attempt(lambda: str(kernels_dir()))
     count, _ = _attempt(lambda: len(instances()))
     cache = cache_info()
     packages = [Package(name, _version(name), purpose, install) for name, purpose, install in PACKAGES]
-    trials = _trials(spec, gpus)
+    trials = _trials(spec, found_gpus)
     return Findings(
         version=__version__,
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
         driver=driver,
         driver_problem=driver_problem,
-        gpus=gpus,
+        gpus=found_gpus,
         compiler=compiler,
         compiler_problem=compiler_problem or sources_problem,
         compiler_library=_attempt(_nvrtc_library)[0],
@@ -129,7 +129,7 @@ def examine(spec: str | None = None) -> Findings:
         packages=packages,
         settings={name: os.environ[name] for name in SETTINGS if name in os.environ},
         trials=trials,
-        missing=_missing(driver, gpus, packages, cache.problem),
+        missing=_missing(driver, found_gpus, packages, cache.problem),
         ok=any(t.ok for t in trials),
     )
 
@@ -164,7 +164,7 @@ def _driver_version() -> tuple[str | None, str]:
     return version, "no CUDA driver on this machine" if problem and "DynamicLib" in problem else problem
 
 
-def _gpus() -> list[Gpu]:
+def gpus() -> list[Gpu]:
     """Every GPU, without making a context on it: that takes time and memory on each."""
 
     def ask() -> list[Gpu]:

@@ -48,7 +48,7 @@ def on_cuda(forms: list[AsyncForm], seed: int = SEED) -> tuple[dict[str, np.ndar
     pointers = np.array([params.ctypes.data, params.ctypes.data + 8], np.uint64)
     found = {}
     for form in forms:
-        module = call(d.cuModuleLoadData(compile_ptx(source(form), "sm_90a").encode() + b"\0"))
+        module = call(d.cuModuleLoadData(compile_ptx(source(form), device.arch).encode() + b"\0"))
         function = call(d.cuModuleGetFunction(module, b"form"))
         x, y = inputs(form, seed), np.full(OUT, POISON, np.uint8)
         for buffer, array in zip(buffers, (x, y), strict=True):
@@ -58,7 +58,8 @@ def on_cuda(forms: list[AsyncForm], seed: int = SEED) -> tuple[dict[str, np.ndar
         call(d.cuMemcpyDtoH(y.ctypes.data, buffers[1], y.nbytes))
         call(d.cuModuleUnload(module))
         found[form.name] = y
-    return found, {"machine": device.name, "driver": device.version, "date": str(datetime.date.today())}
+    made_on: dict[str, object] = {"machine": device.name, "driver": device.version, "arch": device.arch}
+    return found, made_on | {"date": str(datetime.date.today())}
 
 
 def digest(result: np.ndarray) -> str:

@@ -1,6 +1,6 @@
 """Everything of the emulator that a GPU judges, in one command; README.md beside this file says what it covers.
 
-    python tests/conformance/everything.py --out FOLDER [--commit HASH]      # on a machine with an H200
+    python tests/conformance/everything.py --out FOLDER [--commit HASH]      # on a machine with an H200 or B200
 
 Each step's output goes to FOLDER/NAME.txt, the verdicts to FOLDER/verdicts.txt. A step that fails does not stop the
 others. Exit status: 0 all steps passed, 1 one did not, 2 there is no GPU or a package is missing.
@@ -21,13 +21,18 @@ ROOT = HERE.parents[1]
 NEEDED = ("numpy", "ml_dtypes", "pytest", "cupy", "cuda.bindings")
 
 
-def steps(out: Path, commit: str) -> dict[str, list[str]]:
-    """The commands by name, in their order; a replay compares what the record before it wrote."""
+def steps(out: Path, commit: str, arch: str = "sm_90a") -> dict[str, list[str]]:
+    """The commands by name, in their order; a replay compares what the record before it wrote.
+
+    Programs are compiled for sm_90a and sm_100a: a B300, whose driver loads neither, runs the tests only.
+    """
     launches, record = str(HERE / "launches.py"), str(out / "launches")
     tests = [str(HERE.parent / "emulator"), str(HERE)]
-    return {
-        "tests": ["-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-m", "gpu", *tests],
-        "record": [launches, "--record", record],
+    found = {"tests": ["-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-m", "gpu", *tests]}
+    if arch not in ("sm_90a", "sm_100a"):
+        return found
+    return found | {
+        "record": [launches, "--record", record, "--arch", arch],
         "replay": [launches, "--replay", record, "--summary", str(out / "launches.txt"), "--commit", commit],
     }
 
@@ -43,6 +48,13 @@ def missing() -> str:
     return "" if cuda_device_count() else "no CUDA device here; run it on a machine with an H200"
 
 
+def first_arch() -> str:
+    """The architecture of the first GPU; empty if no kernel exists for it."""
+    from dsv4_rt import doctor
+
+    return doctor.gpus()[0].arch or ""
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -56,7 +68,7 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     lines, failed = [], False
-    for name, command in steps(args.out.resolve(), args.commit).items():
+    for name, command in steps(args.out.resolve(), args.commit, first_arch()).items():
         start = time.monotonic()
         with (args.out / f"{name}.txt").open("w") as output:
             code = subprocess.run(

@@ -9,7 +9,9 @@ import numpy as np
 from forms import THREADS, Form
 from operands import SEED, UINT, WIDTH, operands
 
-HEAD = ".version 8.6\n.target sm_90a\n.address_size 64\n"
+from dsv4_rt.cuda_device import CAPABILITIES
+
+VERSIONS = {"sm_90a": "8.6", "sm_100a": "8.6", "sm_103a": "8.8"}  # of PTX, as old as the target allows
 FILL = 0xA5
 _OUT = {"b16": 16, "b32": 32, "b64": 64, "pred": 32, "mem16": 16, "mem32": 32, "mem64": 64, "mem128": 128}
 _LETTERS = "abcd"
@@ -72,9 +74,14 @@ def entry(form: Form, name: str) -> str:
     return "\n".join([*lines, "ret;", "}", ""])
 
 
-def ptx(forms: Iterable[Form]) -> str:
+def head(arch: str, version: str = "") -> str:
+    """How a module for a target begins."""
+    return f".version {max(version, VERSIONS[arch])}\n.target {arch}\n.address_size 64\n"
+
+
+def ptx(forms: Iterable[Form], arch: str = "sm_90a") -> str:
     """A module with an entry f0, f1, ... for each form."""
-    return HEAD + "\n".join(entry(form, f"f{i}") for i, form in enumerate(forms))
+    return head(arch) + "\n".join(entry(form, f"f{i}") for i, form in enumerate(forms))
 
 
 def inputs(form: Form, seed: int = SEED) -> list[np.ndarray]:
@@ -95,12 +102,12 @@ def blank(form: Form) -> list[np.ndarray]:
 Runner = Callable[[list[Form], int], dict[str, list[np.ndarray]]]
 
 
-def on_emulator(forms: list[Form], seed: int = SEED) -> dict[str, list[np.ndarray]]:
+def on_emulator(forms: list[Form], seed: int = SEED, arch: str = "sm_90a") -> dict[str, list[np.ndarray]]:
     """Results by form's name."""
     from dsv4_rt.emulator import Machine
 
-    machine = Machine("sm_90a")
-    module = machine.load(ptx(forms), "conformance")
+    machine = Machine(arch)
+    module = machine.load(ptx(forms, arch), "conformance")
     found = {}
     for i, form in enumerate(forms):
         ins, outs = inputs(form, seed), blank(form)
@@ -129,6 +136,10 @@ class Cuda:
         device = self._call(driver.cuDeviceGet(0))
         self.name = self._call(driver.cuDeviceGetName(80, device)).decode().split("\0")[0].strip()
         self.version = self._call(driver.cuDriverGetVersion())
+        attr = driver.CUdevice_attribute
+        major = self._call(driver.cuDeviceGetAttribute(attr.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device))
+        minor = self._call(driver.cuDeviceGetAttribute(attr.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device))
+        self.arch = CAPABILITIES[major, minor]
         self._call(driver.cuCtxSetCurrent(self._call(driver.cuDevicePrimaryCtxRetain(device))))
         self._buffers = [int(self._call(driver.cuMemAlloc(65536 * 8))) for _ in range(6)]
 
@@ -141,7 +152,7 @@ class Cuda:
     def run(self, forms: list[Form], seed: int = SEED) -> dict[str, list[np.ndarray]]:
         """Results by form's name, all forms in one module that the driver compiles."""
         d = self.driver
-        module = self._call(d.cuModuleLoadData(ptx(forms).encode() + b"\0"))
+        module = self._call(d.cuModuleLoadData(ptx(forms, self.arch).encode() + b"\0"))
         params = np.array(self._buffers, np.uint64)
         pointers = np.array([params.ctypes.data + 8 * i for i in range(6)], np.uint64)
         found = {}

@@ -1,6 +1,6 @@
 """Whole programs on a GPU and on the emulator: the same PTX on the same inputs, results compared.
 
-    python tests/conformance/launches.py --record FOLDER                          # here: what the tests launch
+    python tests/conformance/launches.py --record FOLDER [--arch sm_100a]         # here: what the tests launch
     python tests/conformance/launches.py --replay FOLDER [--summary FILE]         # on a machine with a GPU
     python tests/conformance/launches.py --replay FOLDER --on emulator            # anywhere: is the record complete?
 
@@ -44,9 +44,10 @@ SUMMARY = HERE / "results" / "launches.txt"
 FILES = ("test_cccl.py", "test_triton.py", "test_programs.py", "test_pointers.py", "test_vector_atomics.py",
          "test_math.py", "test_radix_speed.py", "test_intrinsics.py", "test_triton_dots.py",
          "test_cccl_async.py")  # fmt: skip
+ARCHITECTURES = ("sm_90a", "sm_100a")  # what programs are compiled for; the first unless --arch says otherwise
 SELECTION = " and ".join(
     f"not {each}"
-    for each in ("sm_100a", "random", "reverse", "compiled", "every-check", "by_software", "-late", "[late")
+    for each in ("random", "reverse", "compiled", "every-check", "by_software", "-late", "[late")
 )  # every program once
 NEWEST = (9, 0)
 
@@ -83,8 +84,8 @@ LEFT_OUT = {
 class Recorder:
     """Writes down launches, in the order of the tests."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.entries = folder, []
+    def __init__(self, folder: Path, arch: str = ARCHITECTURES[0]) -> None:
+        self.folder, self.arch, self.entries = folder, arch, []
         (folder / "ptx").mkdir(parents=True, exist_ok=True)
         self.arrays: dict[str, np.ndarray] = {}
         self.refused: list[str] = []
@@ -94,7 +95,7 @@ class Recorder:
         args: tuple[Any, ...], before: list[Any],
     ) -> None:  # fmt: skip
         test = os.environ["PYTEST_CURRENT_TEST"].split("::")[-1].split(" ")[0]
-        if ".target sm_90" not in ptx:
+        if f".target {self.arch[:-1]}" not in ptx:
             return
         version = tuple(map(int, ptx.split(".version ", 1)[1].split(None, 1)[0].split(".")))
         if version > NEWEST:
@@ -125,22 +126,23 @@ class Recorder:
 
     def save(self, versions: str) -> None:
         """launches.json and launches.npz beside the PTX."""
-        content = {"versions": versions, "launches": self.entries}
+        content = {"versions": versions, "arch": self.arch, "launches": self.entries}
         (self.folder / "launches.json").write_text(json.dumps(content, indent=0))
         np.savez_compressed(self.folder / "launches.npz", **self.arrays)
 
 
-def record(folder: Path) -> int:
-    """Run the tests with a recorder."""
+def record(folder: Path, arch: str = ARCHITECTURES[0]) -> int:
+    """Run the tests with a recorder of launches of this architecture."""
     import pytest
     from cuda.bindings import nvrtc
 
-    recorder = Recorder(folder)
+    recorder = Recorder(folder, arch)
     programs.LISTENERS.append(recorder)
     files = [str(EMULATOR / each) for each in FILES]
-    code = pytest.main(["-q", "-p", "no:cacheprovider", "-k", SELECTION, *files])
+    others = "".join(f" and not {each}" for each in ARCHITECTURES if each != arch)
+    code = pytest.main(["-q", "-p", "no:cacheprovider", "-k", SELECTION + others, *files])
     _, major, minor = nvrtc.nvrtcVersion()
-    kept = [(EMULATOR / "kept" / f"{name}.sm_90a.ptx").read_text() for name in ("cub_blocks", "gelu")]
+    kept = [(EMULATOR / "kept" / f"{name}.{arch}.ptx").read_text() for name in ("cub_blocks", "gelu")]
     first = {text.split(", source")[0][3:] for text in kept}
     recorder.save(f"CUDA programs by NVRTC {major}.{minor}; {'; '.join(sorted(first))}")
     print(f"{len(recorder.entries)} launches in {folder}")
@@ -154,12 +156,12 @@ class Emulated:
 
     name, version = "emulator", "none"
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, arch: str) -> None:
+        self.folder, self.arch = folder, arch
 
     def launch(self, entry: dict[str, Any], arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
         """What the arrays hold afterwards, as bytes."""
-        machine = Machine("sm_90a")
+        machine = Machine(self.arch)
         module = machine.load((self.folder / "ptx" / f"{entry['ptx']}.ptx").read_text(), entry["test"])
         found, values = [], []
         for arg in entry["args"]:
@@ -265,7 +267,7 @@ def compare(test: str, dtype: str, gpu: np.ndarray, emulator: np.ndarray, larges
 def replay(folder: Path, summary: Path | None, commit: str, on: str = "cuda") -> int:
     """Launch what was recorded and compare."""
     content = json.loads((folder / "launches.json").read_text())
-    gpu = Gpu(folder) if on == "cuda" else Emulated(folder)
+    gpu = Gpu(folder) if on == "cuda" else Emulated(folder, content["arch"])
     rows: dict[str, list[Any]] = defaultdict(lambda: [0, 0, 0, "equal", ""])
     with np.load(folder / "launches.npz") as arrays:
         for entry in content["launches"]:
@@ -316,9 +318,10 @@ def main() -> int:
     parser.add_argument("--summary", type=Path, metavar="FILE")
     parser.add_argument("--commit", default="")
     parser.add_argument("--on", choices=("cuda", "emulator"), default="cuda")
+    parser.add_argument("--arch", choices=ARCHITECTURES, default=ARCHITECTURES[0], help="of the launches to record")
     args = parser.parse_args()
     if args.record:
-        return record(args.record)
+        return record(args.record, args.arch)
     if args.summary and args.on == "emulator":
         parser.error("--summary is of what a GPU computed")
     if args.replay:

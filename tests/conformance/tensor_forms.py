@@ -15,7 +15,8 @@ import numpy as np
 from operands import SEED, random_bits
 from tensor_operands import BYTES, MANNERS, draw, groups
 
-HEAD = ".version 8.7\n.target sm_90a\n.address_size 64\n"
+from kernels import head
+
 WARPS = 64  # of a warp-wide form: eight for each manner
 CTAS = 16  # of a wgmma form: two for each manner
 IMAGE = 49152  # bytes of shared memory; A lies below SPLIT, B above
@@ -86,9 +87,9 @@ def _kernel(form: TensorForm, name: str) -> str:
     return "\n".join([*lines, "ret;", "}", ""])
 
 
-def ptx(forms: list[TensorForm]) -> str:
-    """A module with an entry f0, f1, ... for each form."""
-    return HEAD + "\n".join(_kernel(form, f"f{i}") for i, form in enumerate(forms))
+def ptx(forms: list[TensorForm], arch: str = "sm_90a") -> str:
+    """A module with an entry f0, f1, ... for each form; wgmma is of sm_90a only."""
+    return head(arch, "8.7") + "\n".join(_kernel(form, f"f{i}") for i, form in enumerate(forms))
 
 
 def _mma_forms() -> list[TensorForm]:
@@ -204,8 +205,11 @@ def all_forms() -> list[TensorForm]:
     return [*_matrix_forms(), *_mma_forms(), *_wgmma_forms()]
 
 
-def _descriptor(words: list[int], rows: int, major: int, lo: int, hi: int) -> int:
-    """A descriptor whose reach [rows x 32 bytes of k, or k x rows] lies in shared [lo, hi), by its random words."""
+def descriptor(words: list[int], rows: int, major: int, lo: int, hi: int, size: int = 2) -> int:
+    """A descriptor whose reach [rows x 32 bytes of k, or k x rows] lies in shared [lo, hi), by its random words.
+
+    size: bytes an element, which matters where it is MN-major.
+    """
     mode = words[0] % 4  # 0 none, 1 128 B, 2 64 B, 3 32 B
     pitch = (16, 128, 64, 32)[mode]
     step = (128, 16, 128, 1024)[words[1] % 4]
@@ -218,13 +222,13 @@ def _descriptor(words: list[int], rows: int, major: int, lo: int, hi: int) -> in
         lbo = 16 * (1 + words[3] % 32) if wide and words[1] % 4 else lbo
         reach = (blocks - 1) * sbo + 8 * pitch + (lbo if wide else 32)
     else:
-        atom = 8 if mode == 0 else pitch // 2
+        atom, ahead = pitch // size, 32 // size // 8 - 1  # elements across; k groups behind the first
         blocks = -(-rows // atom)
         many = min(step * (1 + words[2] % 16), (hi - lo - 4096) // max(blocks, 1) // 16 * 16)
         few = 16 * (1 + words[3] % 64)
         if not words[1] % 4:
             many, few = 8 * pitch, min(8 * pitch * blocks, 2048)
-        reach = (blocks - 1) * many + few + 8 * pitch
+        reach = (blocks - 1) * many + ahead * few + 8 * pitch
         sbo, lbo = (many, few) if mode == 0 else (few, many)
     slack = hi - lo - reach - 1024
     assert slack >= 0, (rows, major, mode, reach)
@@ -259,8 +263,8 @@ def inputs(form: TensorForm, seed: int = SEED) -> dict[str, np.ndarray]:
             image[i, :SPLIT] = draw(seed, f"{form.name} A{i}", a, SPLIT // BYTES[a], manner).view(np.uint8)
             image[i, SPLIT:] = draw(seed, f"{form.name} B{i}", b, (IMAGE - SPLIT) // BYTES[b], manner).view(np.uint8)
             w = [int(x >> np.uint64(8)) for x in words[i]]
-            table[i, 0] = _descriptor(w[:7], 64, form.majors[0], FIRST, FIRST + SPLIT)
-            table[i, 1] = _descriptor(w[7:14], form.n, form.majors[1], FIRST + SPLIT, FIRST + IMAGE)
+            table[i, 0] = descriptor(w[:7], 64, form.majors[0], FIRST, FIRST + SPLIT)
+            table[i, 1] = descriptor(w[7:14], form.n, form.majors[1], FIRST + SPLIT, FIRST + IMAGE)
             table[i, 2] = w[14] % 4 != 0
         found["e"], found["i"] = table.reshape(-1), image.reshape(-1)
     return found

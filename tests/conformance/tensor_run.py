@@ -37,14 +37,16 @@ def blank(form: TensorForm) -> np.ndarray:
     return np.full(form.threads * form.sizes[3], POISON, np.uint32)
 
 
-def on_emulator(forms: list[TensorForm], seed: int = SEED, completion: str = "early") -> dict[str, np.ndarray]:
+def on_emulator(
+    forms: list[TensorForm], seed: int = SEED, completion: str = "early", arch: str = "sm_90a"
+) -> dict[str, np.ndarray]:
     """Results by form's name."""
     from dsv4_rt.emulator import Machine
 
     found = {}
     for form in forms:
-        machine = Machine("sm_90a", completion=completion)
-        module = machine.load(ptx([form]), form.name)
+        machine = Machine(arch, completion=completion)
+        module = machine.load(ptx([form], arch), form.name)
         arrays = inputs(form, seed) | {"d": blank(form)}
         for label, array in arrays.items():
             machine.memory.register(array.ctypes.data, array.nbytes, label=label, keep=array)
@@ -63,7 +65,7 @@ def on_cuda(forms: list[TensorForm], seed: int = SEED) -> tuple[dict[str, np.nda
     pointers = np.array([params.ctypes.data + 8 * i for i in range(6)], np.uint64)
     found = {}
     for form in forms:
-        module = call(d.cuModuleLoadData(ptx([form]).encode() + b"\0"))
+        module = call(d.cuModuleLoadData(ptx([form], device.arch).encode() + b"\0"))
         out = blank(form)
         for letter, array in (inputs(form, seed) | {"d": out}).items():
             assert array.nbytes <= BUFFER
@@ -74,7 +76,7 @@ def on_cuda(forms: list[TensorForm], seed: int = SEED) -> tuple[dict[str, np.nda
         call(d.cuMemcpyDtoH(out.ctypes.data, buffers["d"], out.nbytes))
         call(d.cuModuleUnload(module))
         found[form.name] = out
-    return found, {"machine": device.name, "driver": device.version}
+    return found, {"machine": device.name, "driver": device.version, "arch": device.arch}
 
 
 def digests(result: np.ndarray) -> str:

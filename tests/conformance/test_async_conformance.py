@@ -44,7 +44,9 @@ def test_one_wrong_bit_changes_the_digest():
 @pytest.mark.skipif(not cuda_device_count(), reason="no CUDA device")
 def test_fresh_operands_on_the_gpu(rng):
     seed = int(rng.integers(1 << 31))
-    gpu, _ = on_cuda(FORMS, seed)
+    gpu, made_on = on_cuda(FORMS, seed)
     for form in FORMS:
         for completion in COMPLETIONS:
-            assert np.array_equal(on_emulator(form, completion, seed), gpu[form.name]), (form.name, completion)
+            assert np.array_equal(on_emulator(form, completion, seed, made_on["arch"]), gpu[form.name]), (
+                form.name, completion
+            )

@@ -116,6 +116,16 @@ def test_every_program_ran_on_the_hardware():
         assert set(launching) <= ran, f"{name}: {sorted(set(launching) - ran)}: run launches.py again"
 
 
+@pytest.mark.parametrize("arch", ["sm_100a", "sm_103a"])
+def test_the_same_for_blackwell(arch):
+    """A B200 is given the same forms; the emulator makes no difference."""
+    forms = FORMS[::23]
+    results, hopper = on_emulator(forms, SEED, arch), on_emulator(forms, SEED)
+    for form in forms:
+        for a, b in zip(results[form.name], hopper[form.name], strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not cuda_device_count(), reason="no CUDA device")
 def test_fresh_operands_on_the_gpu(rng):
@@ -124,6 +134,6 @@ def test_fresh_operands_on_the_gpu(rng):
     for start in range(0, len(FORMS), 50):
         forms = FORMS[start : start + 50]
         with np.errstate(all="ignore"):
-            verdicts = judge(forms, device.run(forms, seed), on_emulator(forms, seed), seed)
+            verdicts = judge(forms, device.run(forms, seed), on_emulator(forms, seed, device.arch), seed)
         failed = [f"{v.name}: {v.note}" for v in verdicts if v.state == "FAILED"]
         assert not failed, "\n".join(failed)

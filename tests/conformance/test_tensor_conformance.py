@@ -10,6 +10,7 @@ from tensor_forms import CTAS, all_forms, inputs
 from tensor_run import difference, digests, on_cuda, on_emulator
 
 from dsv4_rt.cuda_device import cuda_device_count
+from kernels import Cuda
 
 FORMS = all_forms()
 RECORD = json.loads(Path(__file__).with_name("results").joinpath("tensor_digests.json").read_text())
@@ -72,6 +73,8 @@ def test_operands_cover_what_descriptors_can_say():
 @pytest.mark.skipif(not cuda_device_count(), reason="no CUDA device")
 def test_fresh_operands_on_the_gpu(rng):
     seed = int(rng.integers(1 << 31))
-    gpu, _ = on_cuda(FORMS, seed)
+    hopper = Cuda().arch == "sm_90a"
+    forms = [form for form in FORMS if hopper or form.family != "wgmma"]
+    gpu, made_on = on_cuda(forms, seed)
     recorded = {name: digests(result) for name, result in gpu.items()}
-    assert not different(FORMS, on_emulator(FORMS, seed), recorded)
+    assert not different(forms, on_emulator(forms, seed, arch=made_on["arch"]), recorded)
