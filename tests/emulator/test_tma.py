@@ -444,7 +444,6 @@ FORMS = [
 REFUSED = {
     TO_SHARED.format("shared::cluster", ".im2col", "", ", {h, h}"): "im2col",
     TO_SHARED.format("shared::cta", ".tile::gather4", "", "").replace("{a, b}", "{a, a, a, a, a}"): "tile::gather4",
-    TO_SHARED.format("shared::cluster", ".tile", ".cta_group::2", ""): "cta_group::2",
     "tensormap.replace.tile.swizzle_atomicity.global.b1024.b32 [out], 1;": "swizzle_atomicity",
 }  # fmt: skip
 
