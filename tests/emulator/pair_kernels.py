@@ -33,3 +33,26 @@ def run_gemm_pair(device, load, rng, M=300, N=150, K=200, tile=(256, 64), stages
     shared = stages * (rows + columns) * 64 + 1024
     kernel.launch(ctas, 192, *maps_of(device, a, b, rows // 2, columns // 2), c, *sizes, shared=shared)
     compare(device.numpy(c), a, b)
+
+
+def run_split_k_tcgen05(device, load, rng, M=100, N=50, K=456, split=4, columns=32, draw=integers):
+    a, b = draw(rng, M, K), draw(rng, N, K)
+    kernel = load(f"split_k_tcgen05<{columns}, {split}, 2>")
+    c = poisoned(device, M, N)
+    sizes = np.int32(M), np.int32(N), np.int32(K)
+    grid, shared = (split, -(-M // 128) * -(-N // columns)), 2 * (128 + columns) * 128 + 1024
+    kernel.launch(grid, 192, *maps_of(device, a, b, 128, columns), c, *sizes, shared=shared)
+    compare(device.numpy(c), a, b)
+
+
+def run_gemm_launch_control(device, load, rng, M=500, N=90, K=200, columns=32, draw=integers):
+    """Every tile is computed once, whoever does it; returns the launch's report."""
+    a, b = draw(rng, M, K), draw(rng, N, K)
+    kernel = load(f"gemm_launch_control<{columns}, 2>")
+    tiles = -(-M // 128) * -(-N // columns)
+    c, count = poisoned(device, M, N), device.array(np.zeros(tiles, np.uint32))
+    sizes = np.int32(M), np.int32(N), np.int32(K)
+    shared = 2 * (128 + columns) * 128 + 1024
+    kernel.launch(tiles, 224, *maps_of(device, a, b, 128, columns), c, count, *sizes, shared=shared)
+    compare(device.numpy(c), a, b)
+    np.testing.assert_array_equal(device.numpy(count), 1)

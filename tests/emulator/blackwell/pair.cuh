@@ -41,3 +41,27 @@ __device__ __forceinline__ void pair_load_2d(u32 to, const TensorMap* map, int x
         ::"r"(to), "l"(map), "r"(barrier), "r"(x), "r"(y)
         : "memory");
 }
+
+// ---- clusters and launches
+
+// Four floats into shared memory of a CTA of the cluster, and 16 bytes to the barrier at an address there.
+__device__ __forceinline__ void store_remote_async(u32 there, const float (&v)[4], u32 barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(there),
+                 "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier)
+                 : "memory");
+}
+// Ask for a CTA of this grid that has not begun: 16 bytes to `response`, told by the barrier.
+__device__ __forceinline__ void launch_try_cancel(u32 response, u32 barrier) {
+    asm volatile("clusterlaunchcontrol.try_cancel.async.shared::cta.mbarrier::complete_tx::bytes.b128 [%0], [%1];"
+                 ::"r"(response), "r"(barrier) : "memory");
+}
+// Whether there was one, and its blockIdx.x.
+__device__ __forceinline__ bool launch_cancelled(u32 response, u32& block) {
+    u32 yes, x = block;
+    asm volatile("{\n.reg .pred p;\n.reg .b128 r;\nld.shared.b128 r, [%2];\n"
+                 "clusterlaunchcontrol.query_cancel.is_canceled.pred.b128 p, r;\nselp.u32 %0, 1, 0, p;\n"
+                 "@p clusterlaunchcontrol.query_cancel.get_first_ctaid::x.b32.b128 %1, r;\n}"
+                 : "=r"(yes), "+r"(x) : "r"(response) : "memory");
+    block = x;
+    return yes;
+}
