@@ -51,6 +51,11 @@ class Columns:
         self.granted: dict[int, int] = {}  # warp -> first of the columns its alloc gets
         self.changed = False  # whether columns have been freed since anybody looked
 
+    @property
+    def waited_for(self) -> bool:
+        """Whether somebody waits."""
+        return bool(self.parked or self.queue)
+
     def come(self, key: Key, sync: Instr, lanes: Array) -> list[tuple[Key, Array]]:
         """Lanes have come to an alloc or dealloc; returns the blocks at which somebody may go on, and the lanes."""
         batch = self.batch
@@ -124,12 +129,10 @@ class Columns:
         """The even CTA of the pair that lanes of one CTA belong to; there must be one, known to have begun."""
         batch = self.batch
         if batch.cluster_size % 2:
-            how = "clusters" if batch.clusters is None else f"clusters of {batch.cluster_size} CTAs"
-            raise LaneFault(
-                f"{what} in a launch {'without ' if batch.clusters is None else 'with '}{how}: a pair is two CTAs of a "
-                "cluster whose ranks differ in the last bit",
-                bad,
-            )
+            explicit = batch.shape.explicit_cluster
+            how = f"with clusters of {batch.cluster_size} CTAs" if explicit else "without clusters"
+            what = f"{what} in a launch {how}: a pair is two CTAs of a cluster whose ranks differ in the last bit"
+            raise LaneFault(what, bad)
         cta = int(batch.cta[lanes[0]])
         return cta & ~1
 

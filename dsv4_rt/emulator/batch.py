@@ -511,7 +511,7 @@ class Batch:
                 continue
             if self.waits.parked:
                 return False
-            if self.parked or self.columns.parked:
+            if self.parked or self.columns.waited_for:
                 self._recheck()
                 if self.ready:
                     continue

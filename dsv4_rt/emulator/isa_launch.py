@@ -22,6 +22,7 @@ def _launch_control(e: Emitter, ins: Instr, m: Mods) -> None:
         e.emit(f"launchcontrol.try_cancel(B, {e.lanes}, {ins.line}, {to}, {barrier}, {generic}, {everywhere})")
         return
     kind = m.choose("is_canceled", "get_first_ctaid", *_FIRST)
+    m.flag("v4")
     if not m.flag("query_cancel") or not kind or len(ins.args) != 2:
         raise m.refuse()
     e.check_set(ins.args[1], "a response of try_cancel")

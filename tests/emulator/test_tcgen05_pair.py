@@ -15,7 +15,8 @@ from test_tcgen05 import FORMATS, layout
 import dsv4_rt
 from dsv4_rt.emulated_device import EmulatedDevice
 from dsv4_rt.emulator import Machine
-from dsv4_rt.errors import Deadlock, EmulatorError, KernelFault
+from dsv4_rt.emulator.wide import decode
+from dsv4_rt.errors import Deadlock, EmulatorError, KernelFault, UnsupportedInstruction
 
 
 def emulated(completion, rng, **options):
@@ -337,3 +338,218 @@ def test_planted_bug_is_reported(name, completion, rng, tmp_path):
     ]
     assert named
     assert not at or any(part in line for part in at.split("|") for line in named), text
+
+
+# Launch control by hand: clusters of two, the response to both.
+
+TAKE_OVER = """
+extern "C" __global__ void __launch_bounds__(32) k(u32* seen) {
+    __shared__ uint4 answer;
+    __shared__ __align__(8) u64 bar;
+    u32 to = (u32)__cvta_generic_to_shared(&answer), told = (u32)__cvta_generic_to_shared(&bar), rank, phase = 0;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    if (threadIdx.x == 0) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(told) : "memory");
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    SYNC
+    u32 x = blockIdx.x, y = blockIdx.y, z = blockIdx.z, more = 1;
+    while (more) {
+        if (threadIdx.x == 0) {
+            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], 16;" :: "r"(told) : "memory");
+            if (rank == 0)
+                asm volatile("clusterlaunchcontrol.try_cancel.async.shared::cta.mbarrier::complete_tx::bytes"
+                             ".multicast::cluster::all.b128 [%0], [%1];" :: "r"(to), "r"(told) : "memory");
+            atomicAdd(&seen[(z * gridDim.y + y) * gridDim.x + x], 1);
+        }
+        asm volatile("{ .reg .pred P;\\nW: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 P, [%0], %1;\\n@!P bra W;\\n}"
+                     :: "r"(told), "r"(phase) : "memory");
+        asm volatile("{\\n.reg .pred p;\\n.reg .b128 r;\\nld.shared.b128 r, [%4];\\n"
+                     "clusterlaunchcontrol.query_cancel.is_canceled.pred.b128 p, r;\\nselp.u32 %0, 1, 0, p;\\n"
+                     "@p clusterlaunchcontrol.query_cancel.get_first_ctaid.v4.b32.b128 {%1, %2, _, _}, r;\\n"
+                     "@p clusterlaunchcontrol.query_cancel.get_first_ctaid::z.b32.b128 %3, r;\\n}"
+                     : "=r"(more), "+r"(x), "+r"(y), "+r"(z) : "r"(to) : "memory");
+        x += rank;
+        phase ^= 1;
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        SYNC
+    }
+}
+""".replace("SYNC", CLUSTER_SYNC)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@all_schedules
+def test_clusters_take_over_others(order, completion, rng):
+    machine = Machine("sm_100a", completion=completion, order=order, seed=int(rng.integers(1 << 30)))
+    seen = np.zeros((2, 3, 8), np.uint32)
+    report = run_ptx(compile_ptx(PRELUDE + TAKE_OVER, "sm_100a"), "k", (8, 3, 2), 32, seen, machine=machine, cluster=2)
+    np.testing.assert_array_equal(seen, 1)
+    assert report.cancelled % 2 == 0
+    if completion != "random":  # a quarter of the 24 clusters begins, and takes over all others
+        assert report.cancelled == 2 * 18
+
+
+def test_requests_may_fail_although_ctas_are_left(rng):
+    """Under the random schedule: between them, launches of many seeds take over none, some and nearly all."""
+    ptx, found = compile_ptx(PRELUDE + TAKE_OVER, "sm_100a"), []
+    for seed in range(12):
+        machine = Machine("sm_100a", completion="random", seed=seed)
+        seen = np.zeros(16, np.uint32)
+        found.append(run_ptx(ptx, "k", 16, 32, seen, machine=machine, cluster=2).cancelled)
+        np.testing.assert_array_equal(seen, 1)
+    assert min(found) <= 2
+    assert max(found) >= 6
+
+
+def test_only_responses_are_queried():
+    text = TAKE_OVER.replace("answer;", "answer, other;").replace('"r"(to) : "memory");\n        x +=', '"r"((u32)__cvta_generic_to_shared(&other)) : "memory");\n        x +=')
+    text = text.replace("SYNC", CLUSTER_SYNC).replace("u32 x = blockIdx.x", "other = make_uint4(0, 0, 0, 1); u32 x = blockIdx.x")
+    with pytest.raises(KernelFault, match="16 bytes that are no response of try_cancel"):
+        run_ptx(compile_ptx(PRELUDE + text, "sm_100a"), "k", 4, 32, np.zeros(4, np.uint32), cluster=2)
+
+
+# Allocation.
+
+ALLOCS = """
+extern "C" __global__ void __launch_bounds__(32) k(volatile u32* flag, int columns, int waits) {
+    __shared__ u32 base;
+    u32 to = (u32)__cvta_generic_to_shared(&base);
+    asm volatile("tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%0], %1;" :: "r"(to), "r"(columns) : "memory");
+    __syncwarp();
+    if (waits && blockIdx.x == 0) while (flag[1] == 0) {}
+    if (threadIdx.x == 0) flag[blockIdx.x] = 1 + base;
+    __threadfence();
+    asm volatile("tcgen05.dealloc.cta_group::1.sync.aligned.b32 %0, %1;" :: "r"(base), "r"(columns) : "memory");
+}
+"""
+
+
+@pytest.mark.parametrize(("columns", "waits"), [(256, 1), (512, 0), (64, 1)])
+@pytest.mark.parametrize("order", ORDERS)
+def test_ctas_of_one_sm_share_its_columns(columns, waits, order):
+    """Two CTAs an SM: what fits goes at once, otherwise the second waits until the first has given its columns back."""
+    flag = np.zeros(4, np.uint32)
+    machine = Machine("sm_100a", ctas_per_sm=2, order=order)
+    run_ptx(compile_ptx(PRELUDE + ALLOCS, "sm_100a"), "k", 4, 32, flag, np.int32(columns), np.int32(waits), machine=machine)
+    assert (flag > 0).all()
+    assert {int(flag[0]), int(flag[1])} == ({1} if columns == 512 else {513 - columns, 513 - 2 * columns})
+
+
+def test_two_ctas_that_want_more_than_an_sm_has_are_a_deadlock(rng):
+    ptx = compile_ptx(PRELUDE + ALLOCS, "sm_100a")
+    flag, sizes = np.zeros(2, np.uint32), (np.int32(512), np.int32(1))
+    with pytest.raises(Deadlock) as caught:
+        run_ptx(ptx, "k", 2, 32, flag, *sizes, machine=Machine("sm_100a", ctas_per_sm=2))
+    text = str(caught.value)
+    assert re.search(r"CTA \(1, 0, 0\) thread \(0, 0, 0\), wait at\s+PTX line \d+: tcgen05.alloc", text), text
+    assert "for 512 columns in a row: 512 of 512 are allocated; held: 512 columns of CTA (0, 0, 0) by" in text
+    assert "poll memory that nobody writes" in text
+    run_ptx(ptx, "k", 2, 32, flag, *sizes)  # each has an SM of its own
+
+
+PAIRED = """
+extern "C" __global__ void __launch_bounds__(32) k(int alone) {
+    __shared__ u32 base;
+    u32 to = (u32)__cvta_generic_to_shared(&base);
+    SYNC
+    if (alone && blockIdx.x == 1) return;
+    asm volatile("tcgen05.alloc.cta_group::2.sync.aligned.shared::cta.b32 [%0], 64;" :: "r"(to) : "memory");
+    __syncwarp();
+    if (alone < 0 && blockIdx.x == 1) return;
+    asm volatile("tcgen05.dealloc.cta_group::2.sync.aligned.b32 %0, 64;" :: "r"(base) : "memory");
+}
+""".replace("SYNC", CLUSTER_SYNC)
+
+
+def test_both_ctas_of_a_pair_must_come():
+    ptx = compile_ptx(PRELUDE + PAIRED, "sm_100a")
+    run_ptx(ptx, "k", 4, 32, np.int32(0), cluster=2)
+    with pytest.raises(Deadlock, match=r"for a warp of CTA \(1, 0, 0\), the other of the pair, which has exited"):
+        run_ptx(ptx, "k", 2, 32, np.int32(1), cluster=2)
+
+
+@pytest.mark.parametrize(("cluster", "grid", "message"), [(None, 2, "without clusters"), (3, 3, "with clusters of 3 CTAs")])
+def test_pairs_need_clusters_of_an_even_size(cluster, grid, message):
+    with pytest.raises(KernelFault, match=rf"tcgen05.alloc.cta_group::2 in a launch {message}: a pair is two CTAs"):
+        run_ptx(compile_ptx(PRELUDE + PAIRED, "sm_100a"), "k", grid, 32, np.int32(0), cluster=cluster)
+
+
+HEAD = """.version 9.0
+.target sm_100a
+.address_size 64
+.visible .entry f() .reqntid 32, 1, 1 {
+.reg .b32 r, s; .reg .b64 d; .reg .pred p; .shared .align 16 .b8 m[32];
+mov.b32 r, 0; mov.b64 d, 0; setp.eq.b32 p, r, 0;
+"""
+
+
+def test_one_kernel_has_one_cta_group():
+    text = HEAD + "tcgen05.alloc.cta_group::2.sync.aligned.shared::cta.b32 [m], 32;\n" + (
+        "tcgen05.dealloc.cta_group::1.sync.aligned.b32 r, 32;\nret; }"
+    )
+    with pytest.raises(EmulatorError, match=r"cta_group::1 and cta_group::2 in one kernel(.|\n)*PTX line 8(.|\n)*PTX line 7"):
+        Machine("sm_100a").load(text, "mixed").program("f")
+
+
+REFUSED = {
+    "tcgen05.mma.ws.cta_group::1.kind::f16 [r], d, d, r, p, d;": "a zero-column mask",
+    "tcgen05.mma.cta_group::1.kind::f8f6f4 [r], d, d, r, p, 1;": "scale-input-d is a number from 0 to 15, of kind::f16",
+    "tcgen05.mma.cta_group::1.kind::f16 [r], d, d, r, p, 16;": "scale-input-d is a number from 0 to 15",
+    "tcgen05.mma.cta_group::2.kind::mxf4.block_scale [r], d, d, r, [r], [r], p;": "block scales with cta_group::2",
+    "tcgen05.mma.cta_group::2.kind::i8 [r], d, d, r, p;": "kind::i8",
+    "tcgen05.mma.sp.cta_group::2.kind::f16 [r], d, d, [r], r, p;": "sparse matrices",
+    "tcgen05.mma.cta_group::2.kind::f16.ashift [r], [r], d, r, p;": ".ashift",
+    "tcgen05.mma.cta_group::2.kind::f16 [r], d, d, r, {r, r, r, r}, p;": "tcgen05.mma",
+    "tcgen05.shift.cta_group::2.down [r];": "tcgen05.shift",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_is_refused_by_name(line):
+    with pytest.raises(UnsupportedInstruction, match=re.escape(REFUSED[line])) as caught:
+        Machine("sm_100a").load(f"{HEAD}{line}\nret; }}", "refused").program("f")
+    assert "PTX line 7" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "group", "ws", "message"),
+    [
+        (64, 64, 2, False, "M of 128 or 256 with cta_group::2"), (256, 40, 2, False, "steps of 16"),
+        (48, 64, 1, True, "M of 32, 64 or 128 with .ws"), (64, 32, 1, True, "N of 64, 128 or 256"),
+    ],
+)  # fmt: skip
+def test_shapes(m, n, group, ws, message):
+    with pytest.raises(EmulatorError, match=re.escape(message)):
+        decode(1 << 4 | n >> 3 << 17 | m >> 4 << 24, "f16", group, ws)
+
+
+def test_fields_are_those_of_other_products():
+    form = 1 << 4 | 64 >> 3 << 17 | 256 >> 4 << 24
+    assert decode(form | 1 << 13, "f16", 2, False).negative
+    with pytest.raises(EmulatorError, match=f"{form | 8:#010x} of kind::f16: bits 0x8 must be 0"):
+        decode(form | 8, "f16", 2, False)
+
+
+# What a commit tells.
+
+WAIT = 'asm volatile("{ .reg .pred P;\\nLABEL: mbarrier.try_wait.parity.shared::cta.b64 P, [%0], PARITY;\\n@!P bra LABEL;\\n}" :: "r"(done) : "memory");'
+
+
+def waits(label, parity):
+    return WAIT.replace("LABEL", label).replace("PARITY", str(parity))
+
+
+@all_schedules
+def test_a_commit_belongs_to_the_phase_it_arrives_in(completion, rng):
+    """Who waits for the phase before, which a plain arrival has completed, knows nothing of the product."""
+    plain = 'if (threadIdx.x == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(done) : "memory");'
+    issue, arguments = "    if (threadIdx.x == 0 && cta == 0) {", ("f16", ("bf16", "bf16", "f32"), 128, 32, (64, 64))
+
+    def edit(text, last):
+        assert text.count(issue) == text.count(waits("W", 0)) == 1
+        return text.replace(waits("W", 0), last).replace(issue, f"{plain}{waits('V', 0)}__syncthreads();{issue}")
+
+    with pytest.raises(KernelFault, match="tcgen05.ld.32x32b touches the accumulator of an asynchronous tcgen05.mma that"):
+        product(rng, completion, *arguments, edit=lambda text: edit(text, "__syncthreads();"))
+    np.testing.assert_array_equal(*product(rng, completion, *arguments, edit=lambda text: edit(text, waits("W", 1))))
