@@ -24,7 +24,7 @@ def maps_of(device, a, b, rows, columns):
     return [TensorMap(device.array(x), box=(box, 64), swizzle="128B") for x, box in ((a, rows), (b, columns))]
 
 
-def run_gemm_pair(device, load, rng, M=300, N=150, K=200, tile=(256, 64), stages=2, ctas=2, draw=integers):
+def run_gemm_pair(device, load, rng, M=200, N=100, K=200, tile=(256, 64), stages=2, ctas=2, draw=integers):
     a, b = draw(rng, M, K), draw(rng, N, K)
     rows, columns = tile
     kernel = load(f"gemm_pair<{rows}, {columns}, {stages}>")
@@ -35,7 +35,7 @@ def run_gemm_pair(device, load, rng, M=300, N=150, K=200, tile=(256, 64), stages
     compare(device.numpy(c), a, b)
 
 
-def run_split_k_tcgen05(device, load, rng, M=100, N=50, K=456, split=4, columns=32, draw=integers):
+def run_split_k_tcgen05(device, load, rng, M=100, N=30, K=456, split=4, columns=32, draw=integers):
     a, b = draw(rng, M, K), draw(rng, N, K)
     kernel = load(f"split_k_tcgen05<{columns}, {split}, 2>")
     c = poisoned(device, M, N)
@@ -45,7 +45,7 @@ def run_split_k_tcgen05(device, load, rng, M=100, N=50, K=456, split=4, columns=
     compare(device.numpy(c), a, b)
 
 
-def run_gemm_launch_control(device, load, rng, M=500, N=90, K=200, columns=32, draw=integers):
+def run_gemm_launch_control(device, load, rng, M=300, N=90, K=200, columns=32, draw=integers):
     """Every tile is computed once, whoever does it; returns the launch's report."""
     a, b = draw(rng, M, K), draw(rng, N, K)
     kernel = load(f"gemm_launch_control<{columns}, 2>")

@@ -6,9 +6,10 @@ import re
 import numpy as np
 import pytest
 from asynchronous import all_schedules
+from blackwell_kernels import run_gemm_tcgen05
 from hopper_kernels import normal
 from pair_kernels import loader, run_gemm_launch_control, run_gemm_pair, run_split_k_tcgen05
-from programs import ORDERS, PRELUDE, compile_ptx, run_ptx
+from programs import ORDERS, PRELUDE, aligned, compile_ptx, run_ptx
 from tensor_programs import SIZES, bits_of
 from test_tcgen05 import FORMATS, layout
 
@@ -17,6 +18,7 @@ from dsv4_rt.emulated_device import EmulatedDevice
 from dsv4_rt.emulator import Machine
 from dsv4_rt.emulator.wide import decode
 from dsv4_rt.errors import Deadlock, EmulatorError, KernelFault, UnsupportedInstruction
+from dsv4_rt.tensor_map import TensorMap
 
 
 def emulated(completion, rng, **options):
@@ -37,7 +39,7 @@ def test_gemm_of_pairs_in_other_thread_orders(order, rng, tmp_path):
         run_gemm_pair(device, loader(tmp_path, "gemm_pair.cu"), rng, ctas=4, draw=normal)
 
 
-@pytest.mark.parametrize(("split", "columns", "K"), [(4, 32, 456), (2, 64, 264), (4, 16, 72)])
+@pytest.mark.parametrize(("split", "columns", "K"), [(4, 32, 456), (2, 16, 264), (4, 16, 72)])
 @all_schedules
 def test_split_k(split, columns, K, completion, rng, tmp_path):
     with emulated(completion, rng) as device:
@@ -191,7 +193,14 @@ def test_product(name, completion, rng):
 
 # Bugs: kernel, a change of its text, what the report says, and which source line it points to.
 
-RUNS = {"gemm_pair": run_gemm_pair, "split_k_tcgen05": run_split_k_tcgen05, "gemm_launch_control": run_gemm_launch_control}
+def run_gemm_of_one(device, load, rng):
+    run_gemm_tcgen05(device, lambda file, name: load(name), rng)
+
+
+RUNS = {
+    "gemm_pair": run_gemm_pair, "split_k_tcgen05": run_split_k_tcgen05, "gemm_launch_control": run_gemm_launch_control,
+    "gemm_tcgen05": run_gemm_of_one,
+}  # fmt: skip
 PAIR_MMA, PAIR_LOAD, TMEM_LOAD = "pair_mma_16bit(sums", "pair_load_2d(stage", "tmem_load_16(r, sums"
 WAITS = "mbarrier_wait"
 PLANTS = {
@@ -281,7 +290,7 @@ PLANTS = {
         "split_k_tcgen05", "    cluster_sync();                                           // no mail", "    __syncthreads();   // no mail",
         "nothing orders it after the init|was never initialised|has exited", ""),
     "too little mail expected": (
-        "split_k_tcgen05", "sizeof(mailbox)", "sizeof(mailbox) / 2", "reads the destination of an asynchronous st.async|whose CTA has exited|no thread can go on|the CTA exits", ""),
+        "split_k_tcgen05", "sizeof(mailbox)", "sizeof(mailbox) / 2", "reads the destination of an asynchronous st.async|uninitialised shared memory|whose CTA has exited|no thread can go on|the CTA exits", ""),
     "mail to a barrier of the wrong CTA": (
         "split_k_tcgen05", "map_to_rank(shared_address(&mail), owner)", "shared_address(&mail)", "with an mbarrier of rank", "store_remote_async"),
     "mail not waited for": (
@@ -312,6 +321,24 @@ PLANTS = {
     "one accumulator for two tiles": (
         "gemm_launch_control", "tc_mma_16bit(sums + turn % 2 * TN", "tc_mma_16bit(sums",
         "of undefined tensor memory|still in use|nothing orders it after the tcgen05.wait|tcgen05.mma that", ""),
+    # What test_tcgen05.py leaves out.
+    "no swizzle": ("gemm_tcgen05", "u64(2) << 61", "u64(0) << 61", "is not what its descriptor", "tc_mma_16bit(acc"),
+    "K advance of 128 B": (
+        "gemm_tcgen05", "da + 2 * j, db + 2 * j", "da + 8 * j, db + 8 * j", "is not what its descriptor|reads the destination of an asynchronous", "tc_mma_16bit(acc"),
+    "stages not aligned": (
+        "gemm_tcgen05", "(shared_address(raw) + 1023) & ~1023u", "((shared_address(raw) + 1023) & ~1023u) + 8",
+        "is not a multiple of", "tma_load_2d"),
+    "no commit of a tile": ("gemm_tcgen05", "            tc_commit(shared_address(&done));\n", "", "no thread can go on", WAITS),
+    "a fresh stage waited for": ("gemm_tcgen05", "(i / STAGES & 1) ^ 1);   //", "i / STAGES & 1);   //", "no thread can go on", WAITS),
+    "ld by half a warp": (
+        "gemm_tcgen05", "                tmem_load_16(r", "                if (lane < 16) tmem_load_16(r",
+        "tcgen05.ld.sync.aligned|no thread can go on", "tmem_load_16"),
+    "alloc by one lane": (
+        "gemm_tcgen05", "    if (warp == 5) {\n        tmem_alloc", "    if (warp == 5 && lane == 0) {\n        tmem_alloc",
+        "for the other threads of their warp", "tmem_alloc"),
+    "barriers and columns used before they are there": (
+        "gemm_tcgen05", "    __syncthreads();\n    tc_fence_after();\n    const u32 acc", "    tc_fence_after();\n    const u32 acc",
+        "nothing orders it after|was never initialised|uninitialised shared memory", ""),
 }  # fmt: skip
 
 
@@ -529,6 +556,60 @@ def test_fields_are_those_of_other_products():
     assert decode(form | 1 << 13, "f16", 2, False).negative
     with pytest.raises(EmulatorError, match=f"{form | 8:#010x} of kind::f16: bits 0x8 must be 0"):
         decode(form | 8, "f16", 2, False)
+
+
+# Tiles that report to another CTA of the pair.
+
+MULTICAST = """
+struct alignas(64) Map { u64 opaque[16]; };
+extern "C" __global__ void __launch_bounds__(32) k(const __grid_constant__ Map map, u32* y, int issuer, int home, int bytes) {
+    __shared__ alignas(128) u32 tile[64];
+    __shared__ alignas(8) u64 bar;
+    u32 rank, told = (u32)__cvta_generic_to_shared(&bar), to = (u32)__cvta_generic_to_shared(tile);
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    if (threadIdx.x == 0) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(told) : "memory");
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        if (rank % 2 == home % 2) asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(told), "r"(bytes) : "memory");
+    }
+    SYNC
+    if (threadIdx.x == 0 && rank == issuer) {
+        u32 there;
+        asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(told), "r"(home));
+        asm volatile("cp.async.bulk.tensor.2d.cta_group::2.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+                     " [%0], [%1, {%2, %2}], [%3], %4;" :: "r"(to), "l"(&map), "r"(0), "r"(there), "h"((unsigned short)15) : "memory");
+    }
+    if (rank % 2 == home % 2)
+        asm volatile("{ .reg .pred P;\\nW: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 P, [%0], 0;\\n@!P bra W;\\n}" :: "r"(told) : "memory");
+    SYNC
+    for (int i = threadIdx.x; i < 64; i += 32) y[rank * 64 + i] = tile[i];
+}
+""".replace("SYNC", CLUSTER_SYNC)
+
+
+@pytest.mark.parametrize(("issuer", "home"), [(1, 0), (0, 1), (2, 3), (3, 0)])
+@all_schedules
+def test_multicast_reports_to_one_cta_of_each_pair(issuer, home, completion, rng):
+    """To both tiles of a pair: the CTA whose rank is as odd as that of the mbarrier named."""
+    x = aligned(rng.integers(0, 1 << 32, (8, 8), dtype=np.uint32))
+    y, ptx = np.zeros((4, 64), np.uint32), compile_ptx(PRELUDE + MULTICAST, "sm_100a")
+    tensor, sizes = TensorMap(x, box=(8, 8)), (np.int32(issuer), np.int32(home))
+    machine = Machine("sm_100a", completion=completion, seed=int(rng.integers(1 << 30)))
+    run_ptx(ptx, "k", 4, 32, tensor, y, *sizes, np.int32(512), machine=machine, cluster=4)
+    np.testing.assert_array_equal(y, np.tile(x.reshape(1, -1), (4, 1)))
+    with pytest.raises((KernelFault, Deadlock), match="no thread can go on|in flight|destination of an asynchronous"):
+        run_ptx(ptx, "k", 4, 32, tensor, y, *sizes, np.int32(256), machine=machine, cluster=4)
+
+
+def test_a_tile_without_a_pair_cannot_report_elsewhere(rng):
+    x = aligned(np.zeros((8, 8), np.uint32))
+    ptx = compile_ptx(PRELUDE + MULTICAST, "sm_100a").replace(".multicast::cluster [", " [")
+    ptx = re.sub(r"(bytes \[.*\]), %rs\d+;", r"\1;", ptx)
+    for changed, message in ((ptx, "with an mbarrier of rank 2: it or the other of its pair is wanted"),
+                             (ptx.replace("cta_group::2.", ""), "another of the pair needs .cta_group::2")):  # fmt: skip
+        with pytest.raises(KernelFault, match=message):
+            run_ptx(changed, "k", 4, 32, TensorMap(x, box=(8, 8)), np.zeros((4, 64), np.uint32), np.int32(1), np.int32(2),
+                    np.int32(256), cluster=4)  # fmt: skip
 
 
 # What a commit tells.

@@ -424,6 +424,8 @@ FORMS = [
     TO_SHARED.format("shared::cta", "", "", ""),
     TO_SHARED.format("shared::cluster", ".tile", ".L2::cache_hint", ", w"),
     TO_SHARED.format("shared::cluster", ".tile", ".multicast::cluster.L2::cache_hint", ", h, w"),
+    TO_SHARED.format("shared::cta", ".tile", ".cta_group::2", ""),
+    TO_SHARED.format("shared::cluster", "", "", "").replace(".2d.", ".2d.cta_group::1."),
     *(
         f"cp.async.bulk.prefetch.tensor.{n}d.L2.global.tile{hint} [out, {{{', '.join('a' * n)}}}]{more};"
         for n, hint, more in ((1, "", ""), (3, ".L2::cache_hint", ", w"), (5, "", ""))
