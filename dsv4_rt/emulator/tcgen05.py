@@ -317,8 +317,12 @@ class TensorCores:
             at = [batch.mbarriers.position(each, int(offset[0])) for each in targets]
             for position in at:
                 batch.mbarriers.find(position, lanes, one, what)
-            if batch.clusters is not None:
-                batch.clusters.touch(np.repeat(mine, len(targets)), np.array(targets), line)
+            try:
+                for each in targets if batch.clusters is not None else ():
+                    assert batch.clusters is not None
+                    batch.clusters.touch(mine, np.array([each]), line)
+            except LaneFault as error:
+                raise LaneFault(error.what, np.array([i])) from None
             self._commit(lane, line, at)
 
     def _commit(self, lane: int, line: int, at: list[int]) -> None:

@@ -168,8 +168,6 @@ def _start(
                 f"the even one, rank {rank - 1}, issues for both",
                 _ONE,
             )
-        if batch.clusters is not None:
-            batch.clusters.touch(np.array([lane]), np.array([cta + 1]), line)
     form = decode(bits, kind, group, ws)
     if scale and form.types[2] != "f32":
         what = "scale-input-d of f16 accumulators is not implemented by the emulator"
