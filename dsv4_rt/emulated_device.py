@@ -33,6 +33,7 @@ class EmulatedDevice:
 
     check_global_writes, check_uninitialised: the checks that a Machine has on request.
     completion: when asynchronous operations run, as a Machine takes it: "early", "late" or "random" (seeded).
+    ctas_per_sm: CTAs that run on one SM at the same time and share its tensor memory.
     """
 
     arch: str = "sm_100a"
@@ -41,6 +42,7 @@ class EmulatedDevice:
     check_global_writes: bool = False
     check_uninitialised: bool = False
     completion: str = "early"
+    ctas_per_sm: int = 1
     kind: str = field(default="emulator", init=False)
     index: int = field(default=0, init=False)
     max_shared: int = field(default=227 * 1024, init=False)
@@ -60,6 +62,7 @@ class EmulatedDevice:
             check_global_writes=self.check_global_writes,
             check_uninitialised=self.check_uninitialised,
             completion=self.completion,
+            ctas_per_sm=self.ctas_per_sm,
         )
         self._modules: dict[str, Any] = {}
         self._lock = threading.RLock()
