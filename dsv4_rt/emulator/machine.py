@@ -367,6 +367,7 @@ class Machine:
         order: which threads run first: "min-pc" (lowest program point, the fastest), "random" (seeded), "reverse"
             (highest program point and last warp first). A right kernel gives the same result under all.
         seed: for order="random" and completion="random".
+        ctas_per_sm: CTAs that run on one SM at the same time and share its tensor memory.
         source_roots: folders in which the CUDA files named by line information are looked up for error messages.
         trace: called after every instruction with what it did, see `trace.Tracer`; None costs nothing.
         check_global_writes: report threads of one launch that touch the same bytes of global memory, one of them with
@@ -375,7 +376,6 @@ class Machine:
             host has written (see `watched.py`).
         completion: when asynchronous operations run (see `async_.py`): "early" at once, "late" when waited for or when
             nothing else can go on, "random" at seeded moments. A right kernel gives the same result under all.
-        ctas_per_sm: CTAs that run on one SM at the same time and share its tensor memory.
     """
 
     def __init__(
@@ -384,22 +384,22 @@ class Machine:
         *,
         order: str = "min-pc",
         seed: int = 0,
+        ctas_per_sm: int = 1,
         source_roots: Sequence[str | Path] = (),
         trace: Callable[[Step], None] | None = None,
         check_global_writes: bool = False,
         check_uninitialised: bool = False,
         completion: str = "early",
-        ctas_per_sm: int = 1,
     ) -> None:
         if order not in ORDERS:
             raise EmulatorError(f"Machine: order {order!r} is none of {', '.join(ORDERS)}")
         if completion not in COMPLETIONS:
             raise EmulatorError(f"Machine: completion {completion!r} is none of {', '.join(COMPLETIONS)}")
+        self.arch, self.order, self.seed, self.completion = arch, order, seed, completion
+        self.source_roots = tuple(Path(root) for root in source_roots)
         if ctas_per_sm < 1:
             raise EmulatorError(f"Machine: ctas_per_sm {ctas_per_sm} is not a positive number")
-        self.arch, self.order, self.seed, self.completion = arch, order, seed, completion
         self.ctas_per_sm = ctas_per_sm
-        self.source_roots = tuple(Path(root) for root in source_roots)
         watched = check_global_writes or check_uninitialised
         self.memory = WatchedMemory(check_global_writes, check_uninitialised) if watched else Memory()
         self._random = random.Random(seed)
