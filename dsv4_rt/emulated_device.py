@@ -31,6 +31,7 @@ class _Block:
 class EmulatedDevice:
     """The emulator behind the same verbs. `last_report` counts the instructions of the latest launch.
 
+    ctas_per_sm: CTAs that run on one SM at the same time and share its tensor memory.
     check_global_writes, check_uninitialised: the checks that a Machine has on request.
     completion: when asynchronous operations run, as a Machine takes it: "early", "late" or "random" (seeded).
     """
@@ -38,6 +39,7 @@ class EmulatedDevice:
     arch: str = "sm_100a"
     order: str = "min-pc"
     seed: int = 0
+    ctas_per_sm: int = 1
     check_global_writes: bool = False
     check_uninitialised: bool = False
     completion: str = "early"
@@ -56,6 +58,7 @@ class EmulatedDevice:
             self.arch,
             order=self.order,
             seed=self.seed,
+            ctas_per_sm=self.ctas_per_sm,
             source_roots=_source_roots(),
             check_global_writes=self.check_global_writes,
             check_uninitialised=self.check_uninitialised,

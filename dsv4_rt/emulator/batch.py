@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dsv4_rt.emulator import collective
+from dsv4_rt.emulator.allocation import Columns
 from dsv4_rt.emulator.async_ import Engine
 from dsv4_rt.emulator.clusters import RANK_BIT, Clusters, ClusterShared, ctaid, split
 from dsv4_rt.emulator.intrinsics import EXTERNAL
@@ -28,12 +29,14 @@ from dsv4_rt.emulator.ir import (
     Operand,
     Reg,
     Sym,
+    is_allocation,
     is_cluster_wait,
     is_wait,
     is_warp_sync,
     is_warpgroup_sync,
     sync_mask,
 )
+from dsv4_rt.emulator.launchcontrol import Pool
 from dsv4_rt.emulator.mbarrier import Mbarriers
 from dsv4_rt.emulator.memory import LOCAL_FIRST, LaneFault, LaneMemory
 from dsv4_rt.emulator.races import Races, RacyGeneric, RacyShared
@@ -126,7 +129,10 @@ class Batch:
         params: bytes,
         param_base: int,
         report: LaunchReport,
+        pool: Pool | None = None,
     ) -> None:
+        self.pool = pool  # the CTAs of the launch that have not begun
+        self.refused: set[int] = set()  # CTAs that know of a try_cancel that failed
         self.machine, self.program, self.shape, self.report = machine, program, shape, report
         self.first, self.count, self.params, self.param_base = first, count, params, param_base
         self.cluster_size = shape.cluster_size
@@ -145,6 +151,7 @@ class Batch:
         self.mbarriers = Mbarriers(self)
         self.warpgroups = Warpgroups(self)
         self.tmem = TensorMemory(self)
+        self.columns = Columns(self)
         self.tensor_cores = TensorCores(self)
         if program.tiled:
             self.shared.tiles = Tiles(count * self.shared.stride >> 4)
@@ -276,6 +283,9 @@ class Batch:
             addr, value = self._address(key, sync.args[1], lanes), self._operand(key, sync.args[2], lanes)
             self._admit(self.waits.park(key, sync, lanes, addr, value))
             return
+        if is_allocation(block.sync):
+            self._admit(self.columns.come(key, block.sync, group.lanes))
+            return
         if is_warpgroup_sync(block.sync):
             self._merge(self.parked, key, group)
             self._let_go(key, self.warpgroups.complete(self.parked[key].lanes))
@@ -297,7 +307,7 @@ class Batch:
         self._release_barriers()
 
     def _admit(self, free: list[tuple[Key, Array]]) -> None:
-        """Lanes need not wait for their mbarriers any more."""
+        """Lanes need not wait for their mbarriers, or for tensor memory, any more."""
         for key, lanes in free:
             self._merge(self.ready, key, Group(lanes))
 
@@ -473,6 +483,8 @@ class Batch:
                 self.engine.step()
             if self.mbarriers.flipped:
                 self._admit(self.waits.wake())
+            if self.columns.changed:
+                self._admit(self.columns.release())
             version = self._version()
             awake = [k for k, g in self.ready.items() if g.asleep_at != version] if self.ready else []
             if awake:
@@ -499,7 +511,7 @@ class Batch:
                 continue
             if self.waits.parked:
                 return False
-            if self.parked:
+            if self.parked or self.columns.waited_for:
                 self._recheck()
                 if self.ready:
                     continue
@@ -747,7 +759,7 @@ class Batch:
 
     def describe_waiting(self) -> list[str]:
         """One paragraph for each group that waits: where, how many threads, and whom for."""
-        lines = self.waits.describe()
+        lines = self.waits.describe() + self.columns.describe()
         for groups, how in ((self.parked, "wait at"), (self.ready, "poll memory that nobody writes, in a loop at")):
             for key, group in sorted(groups.items()):
                 block = self.program.blocks[key[1]]

@@ -483,7 +483,9 @@ class Emitter:
 
 _STAYS = frozenset("ld ldu ldg atom shfl ldmatrix mma".split())  # what no compiler moves past a volatile asm
 _PASSES_ON = frozenset("mov cvt cvta selp add sub mul mad fma neg abs min max div rem".split())
-NEEDS_LANES = frozenset("tensormap ld ldu ldg st atom red bar barrier cp mbarrier fence membar tcgen05".split())
+NEEDS_LANES = frozenset(
+    "tensormap ld ldu ldg st atom red bar barrier cp mbarrier fence membar tcgen05 clusterlaunchcontrol".split()
+)
 SPECIAL_BITS = {"clock64": 64, "globaltimer": 64, "gridid": 64}
 UNIFORM = frozenset(
     """ntid.x ntid.y ntid.z nctaid.x nctaid.y nctaid.z nwarpid nsmid gridid clock clock_hi clock64 globaltimer

@@ -239,7 +239,7 @@ ENDS = frozenset({"bra", "ret", "exit", "trap", "brkpt", "call", "brx"})
 def is_warp_sync(ins: Instr) -> bool:
     """Whether the named lanes of a warp meet at this instruction."""
     if ins.op == "tcgen05":
-        return "sync" in ins.mods
+        return "sync" in ins.mods and not is_allocation(ins)
     if ins.op in WARP_SYNC:
         return not is_warpgroup_sync(ins)
     return (ins.op in ("bar", "barrier") and "warp" in ins.mods) or is_cluster_arrive(ins)
@@ -275,9 +275,14 @@ def is_wait(ins: Instr) -> bool:
     return ins.op == "mbarrier" and "try_wait" in ins.mods
 
 
+def is_allocation(ins: Instr) -> bool:
+    """Whether warps may be suspended at this instruction until tensor memory is free, or the other CTA's warp comes."""
+    return ins.op == "tcgen05" and ("alloc" in ins.mods or "dealloc" in ins.mods)
+
+
 def is_sync(ins: Instr) -> bool:
     """Whether threads meet, or wait, at this instruction; a block starts there."""
-    if is_warp_sync(ins) or is_warpgroup_sync(ins) or is_wait(ins):
+    if is_warp_sync(ins) or is_warpgroup_sync(ins) or is_wait(ins) or is_allocation(ins):
         return True
     return ins.op in ("bar", "barrier") and "arrive" not in ins.mods
 

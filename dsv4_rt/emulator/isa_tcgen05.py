@@ -5,6 +5,7 @@ from __future__ import annotations
 from dsv4_rt.emulator.codegen import Emitter, Mods, handles
 from dsv4_rt.emulator.ir import Address, Instr, Number, Vector
 from dsv4_rt.emulator.isa_async import shared_address
+from dsv4_rt.emulator.isa_group import is_wide, wide_mma
 from dsv4_rt.emulator.isa_memory import address
 from dsv4_rt.emulator.isa_mma import items
 from dsv4_rt.emulator.tmem import REGISTERS
@@ -17,9 +18,7 @@ _KINDS = {f"kind::{kind}": kind for kind in ("f16", "tf32", "f8f6f4")}
 def _tcgen05(e: Emitter, ins: Instr, m: Mods) -> None:
     if not e.namespace.get("target", "sm_100a").startswith(("sm_100", "sm_103")):
         raise m.refuse(f"{ins.name} exists on sm_100 and sm_103 only, not on {e.namespace['target']}")
-    if m.flag("cta_group::2"):
-        raise m.refuse(f"{ins.name}: cta_group::2 is not implemented by the emulator")
-    m.flag("cta_group::1")
+    paired = m.choose("cta_group::1", "cta_group::2") == "cta_group::2"
     if m.flag("sync"):
         m.flag("aligned")
         if not e.dense:
@@ -31,17 +30,19 @@ def _tcgen05(e: Emitter, ins: Instr, m: Mods) -> None:
     if kind == "alloc":
         generic = not m.flag(*_SHARED)
         where, count = shared_address(e, ins.args[0], generic), e.fill(e.use(ins.args[1], "u32"))
-        e.emit(f"B.tmem.alloc(L, {ins.line}, {where}, {generic}, {count})")
+        e.emit(f"B.tmem.alloc(L, {ins.line}, {where}, {generic}, {count}, {paired})")
     elif kind == "dealloc":
         e.check_set(ins.args[0], "an address")
         where, count = e.fill(e.use(ins.args[0], "b32")), e.fill(e.use(ins.args[1], "u32"))
-        e.emit(f"B.tmem.dealloc(L, {where}, {count}, {ins.line})")
+        e.emit(f"B.tmem.dealloc(L, {where}, {count}, {ins.line}, {paired})")
     elif kind == "relinquish_alloc_permit":
         e.emit(f"B.tmem.relinquish(L, {ins.line})")
     elif kind in ("ld", "st"):
         _move(e, ins, m, kind == "ld")
     elif kind in ("wait::ld", "wait::st"):
         e.emit(f"B.tmem.wait(L, {kind[-2:]!r})")
+    elif kind == "mma" and is_wide(ins):
+        wide_mma(e, ins, m, paired)
     elif kind == "mma":
         _mma(e, ins, m)
     elif kind == "commit":
@@ -49,7 +50,7 @@ def _tcgen05(e: Emitter, ins: Instr, m: Mods) -> None:
         generic = not m.flag(*_SHARED)
         masks = e.use(ins.args[1], "b16") if m.flag("multicast::cluster") else "None"
         where = shared_address(e, ins.args[0], generic)
-        e.emit(f"B.tensor_cores.commit({e.lanes}, {ins.line}, {where}, {generic}, {masks})")
+        e.emit(f"B.tensor_cores.commit({e.lanes}, {ins.line}, {where}, {generic}, {masks}, {paired})")
     elif not kind:
         raise m.refuse()
 

@@ -58,11 +58,12 @@ def _copy(e: Emitter, ins: Instr, m: Mods) -> None:
         e.emit(f"tma.store(B, {e.lanes}, {ins.line}, {source}, {_tensor(e, args[0], rank)}, {op!r})")
     elif spaces in (["shared::cluster", "global"], ["shared::cta", "global"]) and not reduces:
         multicast = m.flag("multicast::cluster")
+        paired = m.choose("cta_group::1", "cta_group::2") == "cta_group::2"
         if not m.flag("mbarrier::complete_tx::bytes") or len(args) != 3 + multicast + hinted:
             raise m.refuse()
         to, barrier = address(e, args[0], "shared"), address(e, args[2], "shared")
         masks = e.fill(e.use(args[3], "b16")) if multicast else "None"
-        e.emit(f"tma.load(B, {e.lanes}, {ins.line}, {to}, {barrier}, {_tensor(e, args[1], rank)}, {masks})")
+        e.emit(f"tma.load(B, {e.lanes}, {ins.line}, {to}, {barrier}, {_tensor(e, args[1], rank)}, {masks}, {paired})")
     else:
         raise m.refuse()
 

@@ -19,6 +19,7 @@ from dsv4_rt.emulator import (  # noqa: F401  isa_*: they register the instructi
     isa_arith,
     isa_async,
     isa_cluster,
+    isa_launch,
     isa_memory,
     isa_mma,
     isa_tcgen05,
@@ -46,6 +47,7 @@ from dsv4_rt.emulator.ir import (
     results,
     sources,
 )
+from dsv4_rt.emulator.launchcontrol import Pool, resident
 from dsv4_rt.emulator.memory import SHARED_FIRST, Memory
 from dsv4_rt.emulator.ptx import Ptx, parse
 from dsv4_rt.emulator.races import LaunchClock
@@ -88,6 +90,7 @@ class Program:
     local_bytes: int
     tiled: bool = False  # whether TMA writes tiles and wgmma or tcgen05.mma reads them: see `tiles.py`
     proxied: bool = False  # whether something reads shared memory through the async proxy
+    cancels: bool = False  # whether it takes over the work of CTAs that have not begun
     symbols: dict[int, str] = field(default_factory=dict)  # shared offset -> variable
     namespace: dict[str, Any] = field(default_factory=new_namespace)
     codes: dict[tuple[int, bool, bool], Code] = field(default_factory=dict)
@@ -215,9 +218,11 @@ def _build(module: Module, name: str, clustered: bool) -> Program:
     program.tiled = bool({("wgmma", "mma_async"), ("tcgen05", "mma")} & ops) and ("cp", "tensor") in ops
     program.proxied = any(_reads_by_proxy(ins) for function in order for ins in function.instrs)
     program.symbols = {shared[0][id(var)]: var.name for var in shared[2]}
+    program.cancels = ("clusterlaunchcontrol", "try_cancel") in ops
     program.namespace["watch_global"] = isinstance(module.memory, WatchedMemory)
     program.namespace["clustered"] = clustered
     program.namespace["target"] = ptx.target
+    _check_groups(program, module.roots)
     _verify(program, module.roots)
     return program
 
@@ -328,6 +333,21 @@ def _slots(function: Function, blocks: list[Block], addresses: dict[int, int]) -
     return layout, slots
 
 
+def _check_groups(program: Program, roots: Sequence[Path]) -> None:
+    """All tcgen05 instructions of a kernel name the same cta_group."""
+    named: dict[str, Instr] = {}
+    for block in program.blocks:
+        for ins in block.instrs:
+            if ins.op == "tcgen05":
+                named |= {mod: ins for mod in ins.mods if mod.startswith("cta_group::") and mod not in named}
+    if len(named) > 1:
+        first, second = named.values()
+        raise EmulatorError(
+            f"{program.entry.name}: cta_group::1 and cta_group::2 in one kernel: {second.name}"
+            f"{where(program.ptx, second, roots)}\n  but {first.name}{where(program.ptx, first, roots)}"
+        )
+
+
 def _verify(program: Program, roots: Sequence[Path]) -> None:
     """Translate every block once, so that whatever is not implemented is refused before the launch."""
     for block in program.blocks:
@@ -347,6 +367,7 @@ class Machine:
         order: which threads run first: "min-pc" (lowest program point, the fastest), "random" (seeded), "reverse"
             (highest program point and last warp first). A right kernel gives the same result under all.
         seed: for order="random" and completion="random".
+        ctas_per_sm: CTAs that run on one SM at the same time and share its tensor memory.
         source_roots: folders in which the CUDA files named by line information are looked up for error messages.
         trace: called after every instruction with what it did, see `trace.Tracer`; None costs nothing.
         check_global_writes: report threads of one launch that touch the same bytes of global memory, one of them with
@@ -363,6 +384,7 @@ class Machine:
         *,
         order: str = "min-pc",
         seed: int = 0,
+        ctas_per_sm: int = 1,
         source_roots: Sequence[str | Path] = (),
         trace: Callable[[Step], None] | None = None,
         check_global_writes: bool = False,
@@ -375,6 +397,9 @@ class Machine:
             raise EmulatorError(f"Machine: completion {completion!r} is none of {', '.join(COMPLETIONS)}")
         self.arch, self.order, self.seed, self.completion = arch, order, seed, completion
         self.source_roots = tuple(Path(root) for root in source_roots)
+        if ctas_per_sm < 1:
+            raise EmulatorError(f"Machine: ctas_per_sm {ctas_per_sm} is not a positive number")
+        self.ctas_per_sm = ctas_per_sm
         watched = check_global_writes or check_uninitialised
         self.memory = WatchedMemory(check_global_writes, check_uninitialised) if watched else Memory()
         self._random = random.Random(seed)
@@ -463,18 +488,16 @@ class Machine:
     ) -> None:
         size = shape.cluster_size
         per_batch = shape.ctas if cooperative else max(1, LANES_PER_BATCH // (shape.lanes * size)) * size
-        starts = list(range(0, shape.ctas, per_batch))
-        if self.order == "reverse":
-            starts.reverse()
+        if program.cancels and not cooperative:
+            per_batch = min(per_batch, resident(shape.ctas // size, self.completion, self.dice) * size)
+        pool = Pool(shape.ctas, size, self.order == "reverse")
         waiting: list[tuple[Batch, int]] = []  # batches that gave up, and the memory version at which they did
-        while starts or waiting:
+        while pool or waiting:
             turn = next((i for i, (_, version) in enumerate(waiting) if version != self.memory.version), None)
             if turn is not None:
                 batch, _ = waiting.pop(turn)
-            elif starts:
-                first = starts.pop(0)
-                count = min(per_batch, shape.ctas - first)
-                batch = Batch(self, program, shape, first, count, params, address, report)
+            elif pool:
+                batch = Batch(self, program, shape, *pool.begin(per_batch), params, address, report, pool)
             else:
                 waiting = self._last_chance(program, [batch for batch, _ in waiting])
                 continue

@@ -87,7 +87,7 @@ class Mbarriers:
         return f"the mbarrier at {named} of CTA {self.batch.cta_name(cta)}"
 
     @staticmethod
-    def _each(at: Array) -> Iterator[tuple[int, Any]]:
+    def each(at: Array) -> Iterator[tuple[int, Any]]:
         """(position, which lanes) for each barrier named."""
         first = int(at[0])
         if len(at) == 1 or bool((at == first).all()):
@@ -128,7 +128,7 @@ class Mbarriers:
         count = np.broadcast_to(count, lanes.shape)
         _check_counts("mbarrier.init", count)
         batch = self.batch
-        for position, which in self._each(at):
+        for position, which in self.each(at):
             counts = np.unique(count[which])
             old = self.live.get(position)
             if len(counts) > 1:
@@ -153,7 +153,7 @@ class Mbarriers:
 
     def inval(self, lanes: Array, line: int, addr: Array, generic: bool) -> None:
         at = self.locate(lanes, addr, generic, "mbarrier.inval")
-        for position, which in self._each(at):
+        for position, which in self.each(at):
             barrier = self.find(position, lanes, which, "mbarrier.inval")
             waiting = self.batch.waits.count(position)
             if waiting or barrier.tx:
@@ -177,7 +177,7 @@ class Mbarriers:
         if count is not None:
             _check_counts(what, counts)
         states = np.zeros(len(lanes), U64)
-        for position, which in self._each(at):
+        for position, which in self.each(at):
             barrier = self.find(position, lanes, which, what)
             if tx is not None:
                 self._expect(barrier, int(np.broadcast_to(tx, lanes.shape)[which].astype(I64).sum()), lanes, which)
@@ -191,7 +191,7 @@ class Mbarriers:
         """
         what = "cp.async.mbarrier.arrive"
         at = self.locate(lanes, addr, generic, what)
-        for position, which in self._each(at):
+        for position, which in self.each(at):
             barrier = self.find(position, lanes, which, what)
             if counted:
                 barrier.pending += len(lanes[which])
@@ -202,7 +202,7 @@ class Mbarriers:
 
     def arrive_later(self, lanes: Array, at: Array, ops: Iterable[Op]) -> None:
         """The pieces of these ops that the lanes issued are complete: the current phase tells so; arrive."""
-        for position, which in self._each(at):
+        for position, which in self.each(at):
             barrier = self.live.get(position) or self.find(position, lanes, which, "cp.async.mbarrier.arrive")
             chosen = np.zeros(self.batch.nlanes, np.bool_)
             chosen[lanes[which]] = True
@@ -243,7 +243,7 @@ class Mbarriers:
         """expect_tx, or with sign -1 complete_tx."""
         what = "mbarrier.expect_tx" if sign > 0 else "mbarrier.complete_tx"
         at = self.locate(lanes, addr, generic, what)
-        for position, which in self._each(at):
+        for position, which in self.each(at):
             barrier = self.find(position, lanes, which, what)
             total = int(np.broadcast_to(tx, lanes.shape)[which].astype(I64).sum())
             self._expect(barrier, sign * total, lanes, which)
@@ -312,7 +312,7 @@ class Mbarriers:
         found = np.zeros(len(lanes), np.bool_)
         engine = self.batch.engine
         hesitate = engine.completion == "random" and "try_wait" in what and engine.dice.random() < 0.0625
-        for position, which in self._each(at):
+        for position, which in self.each(at):
             barrier = self.find(position, lanes, which, what)
             yes = self._over(barrier, value[which], parity)
             if not parity:
@@ -342,7 +342,7 @@ class Mbarriers:
     def over(self, at: Array, value: Array, parity: bool) -> Array:
         """For the scheduler: whose phase is complete. Lanes that name no barrier may go on, to a fault."""
         found = np.ones(len(at), np.bool_)
-        for position, which in self._each(at):
+        for position, which in self.each(at):
             barrier = self.live.get(position)
             if barrier is not None:
                 found[which] = self._over(barrier, value[which], parity)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from dsv4_rt.emulator import atomics
 from dsv4_rt.emulator.async_ import Op, Span
-from dsv4_rt.emulator.memory import LaneFault
+from dsv4_rt.emulator.memory import SHARED_FIRST, LaneFault
 
 if TYPE_CHECKING:
     from dsv4_rt.emulator.batch import Batch
@@ -29,6 +29,8 @@ def store_async(
     if len(wrong):
         ranks = [int(each[wrong[0]]) % batch.cluster_size for each in (ctas, homes)]
         raise LaneFault(f"{kind} to rank {ranks[0]} with an mbarrier of rank {ranks[1]}, not of one CTA", wrong)
+    for at, which in batch.mbarriers.each(homes * batch.shared.stride + (bars - SHARED_FIRST)):
+        batch.mbarriers.find(at, lanes, which, kind)
     data = np.stack(values, 1)
     for i in range(len(lanes)):
         span = Span(int(ctas[i]), int(offsets[i]), int(offsets[i]) + size)

@@ -19,12 +19,13 @@ class LaunchReport:
 
     Attributes:
         kernel: the entry's name in the PTX.
-        ctas, threads: how many ran.
+        ctas, threads: how many were launched.
         instructions: thread-instructions executed; an instruction whose guard fails counts.
         warp_instructions: the same for warps that had a thread there.
         opcodes: PTX base opcode -> thread-instructions.
         quiet_races: racing stores that are no faults: of the bytes that were there already, or by lanes of one warp in
             one instruction.
+        cancelled: CTAs that did not run, because others cancelled them (clusterlaunchcontrol).
     """
 
     kernel: str
@@ -34,6 +35,7 @@ class LaunchReport:
     warp_instructions: int = 0
     opcodes: Counter[str] = field(default_factory=Counter)
     quiet_races: int = 0
+    cancelled: int = 0
 
 
 def source_lines(ptx: Ptx, loc: Loc | None, roots: Sequence[Path]) -> list[str]:

@@ -128,6 +128,7 @@ class TensorCores:
         self.forms: dict[int, tuple[int, InstructionDescriptor, int]] = {}  # id of an op -> its accumulator
         self.places: dict[tuple[int, int, int, bool], tuple[Array, list[tuple[int, int]]]] = {}
         self.entries: dict[tuple[int, int, int], Entry] = {}  # the latest that reads a range, by thread
+        self.empty: dict[int, int] = {}  # thread -> PTX line of a commit of it that covers nothing
 
     def mma(
         self, lanes: Array, line: int, kind: str, address: Array, a: Array, b: Array, form: Array, add: Array,
@@ -293,15 +294,20 @@ class TensorCores:
         found: Array = shared.views[k].take(place)
         return found
 
-    def commit(self, lanes: Array, line: int, barrier: Array, generic: bool, masks: Array | None) -> None:
+    def commit(
+        self, lanes: Array, line: int, barrier: Array, generic: bool, masks: Array | None, paired: bool = False
+    ) -> None:
         """tcgen05.commit of each of these threads: an arrival when what it has issued so far is done.
 
         masks: CTAs of the cluster whose mbarriers at the same offset all get one.
+        paired: cta_group::2.
         """
         batch, what = self.batch, "tcgen05.commit"
         for i in range(len(lanes)):
             one, mine = slice(i, i + 1), lanes[i : i + 1]
             lane = int(mine[0])
+            if paired:
+                batch.columns.check_pair("tcgen05.commit.cta_group::2", mine, np.array([i]))
             cta, offset = batch.engine.locate(mine, barrier[one], 8, 8, generic, what)
             targets = [int(cta[0])]
             if masks is not None:
@@ -312,10 +318,19 @@ class TensorCores:
             at = [batch.mbarriers.position(each, int(offset[0])) for each in targets]
             for position in at:
                 batch.mbarriers.find(position, lanes, one, what)
+            try:
+                for each in targets if batch.clusters is not None else ():
+                    assert batch.clusters is not None
+                    batch.clusters.touch(mine, np.array([each]), line)
+            except LaneFault as error:
+                raise LaneFault(error.what, np.array([i])) from None
             self._commit(lane, line, at)
 
     def _commit(self, lane: int, line: int, at: list[int]) -> None:
         batch = self.batch
+        before = self.last.get(lane)
+        if before is None or before.kind == "tcgen05.commit":
+            self.empty[lane] = line
         done = self.open.setdefault(lane, Completion())
         phases = done.phases = done.phases or []
         self.open[lane] = done.later = Completion()
@@ -325,8 +340,27 @@ class TensorCores:
             for position in at:
                 batch.mbarriers.committed(position, lane, row, phases)
 
-        before = self.last.get(lane)
-        op = Op("tcgen05.commit", line, lane, [], [], lambda: None, lambda data: None, signal)
+        def check(_: None) -> None:
+            for cta in (position // batch.shared.stride for position in at):
+                if batch.clusters is not None and cta in batch.clusters.left and cta != int(batch.cta[lane]):
+                    rank = cta % batch.cluster_size
+                    raise LaneFault(f"tcgen05.commit to an mbarrier of rank {rank}, whose CTA has exited", _ONE)
+
+        op = Op("tcgen05.commit", line, lane, [], [], lambda: None, check, signal)
         op.after = before if before is not None and before.state != DONE else None
         self.last[lane] = op
         batch.engine.schedule(op)
+
+    def strays(self, issuer: int) -> str:
+        """What the commits of other threads than the issuer of a product have to do with it: nothing."""
+        batch = self.batch
+        same = batch.cta[issuer] // batch.cluster_size
+        for lane, line in self.empty.items():
+            if lane != issuer and batch.cta[lane] // batch.cluster_size == same:
+                (cta, thread), (_, by) = batch.thread(lane), batch.thread(issuer)
+                return (
+                    f"; the tcgen05.commit of CTA {cta}, thread {thread}, does not cover it, since that thread has "
+                    f"issued nothing: the thread that issues must commit, here thread {by}. The commit is at"
+                    f"{batch.engine.place(line)}"
+                )
+        return ""

@@ -181,11 +181,13 @@ def to_tf32(bits: Array) -> Array:
 
 def load(
     batch: Batch, lanes: Array, line: int, to: Array, barrier: Array, tensor: Array, coords: tuple[Array, ...],
-    masks: Array | None,
+    masks: Array | None, paired: bool = False,
 ) -> None:  # fmt: skip
     """cp.async.bulk.tensor from global to shared memory.
 
     masks: CTAs of the cluster that all get the tile, at the same offsets, each reporting to its own mbarrier.
+    paired: cta_group::2: the mbarrier may be that of the other CTA of the pair; of a multicast each tile reports to the
+        CTA of its pair whose rank is as odd as that of the mbarrier named.
     """
     engine = batch.engine
     for i in range(len(lanes)):
@@ -197,13 +199,16 @@ def load(
                 batch.memory.span(tile.first, tile.nbytes, False)
             cta, start, where = _locate(batch, lanes[one], to[one], m, f"{KIND} destination")
             (owner,), (bar,) = engine.locate(lanes[one], barrier[one], 8, 8, False, f"{KIND} mbarrier")
+            _check_home(batch, cta, int(owner), paired, masks is not None)
             targets = [(cta, int(owner))]
             if masks is not None:
                 targets = [(each, each) for each in _named(batch, int(lanes[i]), int(masks[i]))]
+            if masks is not None and paired:
+                targets = [(each, each & ~1 | int(owner) & 1) for each, _ in targets]
             spans, barriers = [], []
             for each, home in targets:
                 if batch.clusters is not None:
-                    batch.clusters.touch(lanes[one], np.array([each]), line)
+                    batch.clusters.touch(lanes[[i, i]], np.array([each, home]), line)
                 at = batch.mbarriers.position(home, int(bar))
                 batch.mbarriers.find(at, lanes[one], slice(None), KIND)
                 spans += [Span(each, start + lo, start + hi) for lo, hi in where.runs]
@@ -316,6 +321,16 @@ def _locate(batch: Batch, lane: Array, address: Array, m: TileMap, what: str) ->
         size = start + where.end - int(offset)
         batch.engine.locate(lane, address, size, 128, False, what)  # says what is out of bounds
     return int(cta), start, where
+
+
+def _check_home(batch: Batch, cta: int, owner: int, paired: bool, multicast: bool) -> None:
+    """The mbarrier lies in the CTA of the destination, or with cta_group::2 in that of its pair."""
+    size = batch.cluster_size
+    if paired and size % 2:
+        raise _fault(f"{KIND}.cta_group::2 in a launch without clusters of an even number of CTAs")
+    if not multicast and owner != cta and not (paired and owner == cta ^ 1):
+        wanted = "it or the other of its pair" if paired else "it; another of the pair needs .cta_group::2"
+        raise _fault(f"{KIND} to rank {cta % size} with an mbarrier of rank {owner % size}: {wanted} is wanted")
 
 
 def _named(batch: Batch, lane: int, mask: int) -> list[int]:

@@ -1,6 +1,6 @@
 """Tensor memory (TMEM): 128 lanes x 512 columns of 32 bits for each CTA, its allocation, tcgen05.ld and st.
 
-An address is lane << 16 | column. Each CTA is given an SM of its own; columns are handed out from the top, so that the
+An address is lane << 16 | column. Columns are handed out (`allocation.py`) from the top, so that the
 base is 0 only when it must be, and hold NaN and the mark "undefined" until something writes them.
 
     32x32b      lane l, register r of warp w:  TMEM lane 32 (w%4) + l, column r
@@ -59,9 +59,10 @@ def pattern(shape: str, count: int, split: int) -> tuple[Array, Array]:
 
 
 class Slab:
-    """The tensor memory of one CTA."""
+    """The tensor memory of one CTA; `taken` are the columns that it and others of its SM have allocated."""
 
-    def __init__(self) -> None:
+    def __init__(self, taken: Array) -> None:
+        self.taken = taken
         self.cells = np.full((LANES, COLUMNS), POISON, U32)
         self.defined = np.zeros((LANES, COLUMNS), np.bool_)
         self.live: dict[int, tuple[int, int]] = {}  # base -> (columns, PTX line)
@@ -80,13 +81,17 @@ class TensorMemory:
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
         self.slabs: dict[int, Slab] = {}
+        self.taken: dict[int, Array] = {}  # SM -> which of its columns are allocated
         self.products: list[Op] = []  # number - 1 -> operation
         self.waits: dict[str, dict[int, list[int]]] = {"ld": {}, "st": {}}  # warp -> ticks of its wait::ld, wait::st
 
     def slab(self, cta: int) -> Slab:
         """The tensor memory of a CTA of the batch."""
         if cta not in self.slabs:
-            self.slabs[cta] = Slab()
+            # The CTAs of a cluster are on SMs of their own; neighbouring clusters share these.
+            size = self.batch.cluster_size
+            sm = cta // size // self.batch.machine.ctas_per_sm * size + cta % size
+            self.slabs[cta] = Slab(self.taken.setdefault(sm, np.zeros(COLUMNS, np.bool_)))
         return self.slabs[cta]
 
     def _warps(self, lanes: Array, *values: Array) -> list[tuple[int, Array, list[int]]]:
@@ -106,28 +111,23 @@ class TensorMemory:
 
     # Allocation: whole warps.
 
-    def alloc(self, lanes: Array, line: int, to: Array, generic: bool, columns: Array) -> None:
-        """tcgen05.alloc: the address of free columns goes to shared memory."""
+    def alloc(self, lanes: Array, line: int, to: Array, generic: bool, columns: Array, paired: bool = False) -> None:
+        """tcgen05.alloc: the address of the columns that `allocation.py` has granted goes to shared memory."""
         batch = self.batch
         ctas, offsets = batch.engine.locate(lanes, to, 4, 4, generic, "tcgen05.alloc")
         for at, mine, (offset, count) in self._warps(lanes, offsets, columns):
             cta, bad = int(batch.cta[mine[0]]), np.arange(at, at + 32)
             slab = self.slab(cta)
+            if paired:
+                batch.columns.check_pair("tcgen05.alloc.cta_group::2", mine, bad)
+                batch.columns.check_begun("tcgen05.alloc.cta_group::2", mine, bad)
             if int(ctas[at]) != cta:
                 raise LaneFault("tcgen05.alloc: the destination is shared memory of another CTA", bad)
             _check_count("tcgen05.alloc", count, bad)
             if slab.relinquished:
                 place = batch.engine.place(slab.relinquished)
                 raise LaneFault(f"tcgen05.alloc after this CTA gave up the permit to allocate, at{place}", bad)
-            bases = (at for at in range(COLUMNS - count, -1, -GRANULE) if not slab.owned[at : at + count].any())
-            base = next(bases, None)
-            if base is None:
-                held = "; ".join(f"{n} columns by{batch.engine.place(at)}" for n, at in slab.live.values())
-                raise LaneFault(
-                    f"tcgen05.alloc of {count} columns blocks: {int(slab.owned.sum())} of {COLUMNS} are allocated and "
-                    f"no {count} in a row are free; held: {held}",
-                    bad,
-                )
+            base = batch.columns.grant(mine, count, bad)
             slab.live[base] = count, line
             slab.owned[base : base + count] = True
             slab.freed.pop(base, None)
@@ -137,10 +137,12 @@ class TensorMemory:
             batch.races.touch(first, line, 0)
             batch.shared.store(np.array([offset], U32), batch.shared_base[first], np.array([base], U32), 2)
 
-    def dealloc(self, lanes: Array, address: Array, columns: Array, line: int) -> None:
+    def dealloc(self, lanes: Array, address: Array, columns: Array, line: int, paired: bool = False) -> None:
         """tcgen05.dealloc: an allocation as it was made, which nothing uses any more."""
         for at, mine, (base, count) in self._warps(lanes, address, columns):
             bad = np.arange(at, at + 32)
+            if paired:
+                self.batch.columns.check_pair("tcgen05.dealloc.cta_group::2", mine, bad)
             slab = self.slab(int(self.batch.cta[mine[0]]))
             found = slab.live.get(base)
             if found is None:
@@ -159,8 +161,9 @@ class TensorMemory:
             for records in slab.records.values():
                 records[:, base : base + count] = 0
             del slab.live[base]
-            slab.owned[base : base + count] = False
+            slab.owned[base : base + count] = slab.taken[base : base + count] = False
             slab.freed[base] = line
+            self.batch.columns.changed = True
 
     def relinquish(self, lanes: Array, line: int) -> None:
         """tcgen05.relinquish_alloc_permit."""
@@ -210,7 +213,7 @@ class TensorMemory:
                 touched = "overwrites matrix A" if reader else "touches the accumulator"
                 raise LaneFault(
                     f"{what} {touched} of an asynchronous tcgen05.mma that {state}, issued at"
-                    f"{self.batch.engine.place(op.line)}",
+                    f"{self.batch.engine.place(op.line)}{self.batch.tensor_cores.strays(op.lane)}",
                     bad,
                 )
 

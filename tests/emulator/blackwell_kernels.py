@@ -9,12 +9,14 @@ from dsv4_rt.launch import load as load_kernel
 from dsv4_rt.tensor_map import TensorMap
 
 FOLDER = Path(__file__).parent / "blackwell"
+PAIRS = ("pair.cuh", "gemm_pair.cu", "split_k_tcgen05.cu", "gemm_launch_control.cu")  # those of pair_kernels.py
 HOPPER = Path(__file__).parent / "hopper" / "hopper.cuh"
 
 
 def loader(folder, old="", new=""):
     """Load kernels from a copy of blackwell/ in `folder`, with hopper.cuh beside, in which `old` (once) is `new`."""
-    texts = {path.name: path.read_text() for path in (*FOLDER.iterdir(), HOPPER)}
+    mine = [path for path in FOLDER.iterdir() if path.name not in PAIRS]
+    texts = {path.name: path.read_text() for path in (*mine, HOPPER)}
     assert not old or sum(text.count(old) for text in texts.values()) == 1, old
     for name, text in texts.items():
         (folder / name).write_text(text.replace(old, new) if old else text)

@@ -186,6 +186,11 @@ CASES = [
     ("cvt.rn.satfinite.e2m1x2.f32 B, y, x; cvt.u32.u8 R, B;", 0xC3),
     ("fma.rn.f32x2 Q, P, P, P;", f32(3.75) | f32(2.8125) << 32),
     ("add.f32x2 Q, P, P;", f32(3) | f32(-4.5) << 32),
+    ("mul.rn.f32x2 Q, P, P;", f32(2.25) | f32(5.0625) << 32),
+    ("sub.rz.f32x2 Q, P, P;", 0),
+    ("fma.rm.ftz.f32x2 Q, P, P, P;", f32(3.75) | f32(2.8125) << 32),
+    ("cvt.u8.u16 B, 0xC3; cvt.rn.f16x2.e2m1x2 R, B;", half(1.5) | half(-2) << 16),
+    ("cvt.rn.bf16x2.ue8m0x2 R, 0x7F80;", 0x3F804000),
     ("setp.lt.s32 t, b, a; selp.u32 R, 1, 0, t;", 1),
     ("setp.ltu.f32 t, x, 0f7FFFFFFF; selp.u32 R, 1, 0, t;", 1),
     ("setp.neu.f32 t, x, x; selp.u32 R, 1, 0, t;", 0),
@@ -217,6 +222,8 @@ CASES = [
     ("vote.ballot.sync.b32 R, p, -1;", -1),
     ("vote.sync.uni.pred t, q, -1; selp.u32 R, 1, 0, t;", 1),
     ("redux.sync.max.NaN.abs.f32 F, y, -1;", f32(2.25)),
+    ("redux.sync.min.f32 F, y, -1;", f32(-2.25)),
+    ("redux.sync.min.abs.f32 F, y, -1;", f32(2.25)),
     ("redux.sync.and.b32 R, c, -1;", 0x80001234),
     ("match.all.sync.b64 R|t, w, -1;", -1),
     ("barrier.sync 3, 64; bar.warp.sync -1; barrier.cta.sync.aligned.all 1;", None),
@@ -277,6 +284,22 @@ CASES = [
      "fence.mbarrier_init.release.cluster; fence.proxy.tensormap::generic.release.gpu;"
      "fence.proxy.tensormap::generic.acquire.gpu [out], 128; fence.acq_rel.cluster; mov.u32 R, a;", 100),
     ("setmaxnreg.inc.sync.aligned.u32 64; griddepcontrol.wait; nanosleep.u32 20; mov.u32 R, a;", 100),
+    # Tensor memory, by the first warp; launch control, of which nothing is left to cancel.
+    ("{ .shared .align 16 .b8 m[16]; mov.u32 i, %tid.x; setp.lt.u32 t, i, 32;"
+     "@t tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [m], 64;"
+     "@t tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned; bar.sync 0; ld.shared.u32 R, [m];"
+     "@t tcgen05.dealloc.cta_group::1.sync.aligned.b32 R, 64; }", 448),
+    (
+        ALONE + "@t mbarrier.complete_tx.shared.b64 [s+8], 4;"
+        "@t tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [s+8];"
+        "@t mbarrier.try_wait.parity.shared::cta.b64 u, [s+8], 1; mov.u32 R, a;",
+        100,
+    ),
+    ("{ .shared .align 16 .b8 m[32]; .reg .b128 r; mov.u32 i, %tid.x; setp.eq.u32 t, i, 0; mov.pred u, p;"
+     "@t mbarrier.init.shared::cta.b64 [m+16], 1; @t mbarrier.arrive.expect_tx.shared::cta.b64 _, [m+16], 16;"
+     "@t clusterlaunchcontrol.try_cancel.async.shared::cta.mbarrier::complete_tx::bytes.b128 [m], [m+16];"
+     "@t mbarrier.try_wait.parity.shared::cta.b64 u, [m+16], 0; @t ld.shared.b128 r, [m];"
+     "@t clusterlaunchcontrol.query_cancel.is_canceled.pred.b128 u, r; selp.u32 R, 3, 5, u; }", 5),
     ("mov.u64 Q, %globaltimer; mov.u64 w, %globaltimer; setp.gt.u64 t, w, Q; selp.u32 R, 1, 0, t;", 1),
     ("mov.u32 R, %clock; mov.u32 H, %clock; sub.u32 R, H, R; setp.gt.s32 t, R, 0; selp.u32 R, 1, 0, t;", 1),
 ]

@@ -111,7 +111,7 @@ PLANTS = {
         "        tmem_relinquish();\n", "        tmem_relinquish();\n        tmem_alloc(shared_address(&tmem_base), 32);\n",
         "after this CTA gave up the permit", "tmem_alloc"),
     "more columns than there are": (
-        "        tmem_relinquish();\n", "        tmem_alloc(shared_address(&tmem_base), 512);\n", "alloc of 512 columns blocks", "tmem_alloc"),
+        "        tmem_relinquish();\n", "        tmem_alloc(shared_address(&tmem_base), 512);\n", "for 512 columns in a row: 64 of 512 are allocated; held: 64 columns", "tmem_alloc"),
     "columns out of range": ("shared_address(&tmem_base), COLUMNS)", "shared_address(&tmem_base), 32)", "out of bounds: tcgen05.mma of TMEM column", MMA),
     "base taken for 0": (BEFORE_LOOP, "const u32 acc = 0;\n", "out of bounds: tcgen05.mma of TMEM column 0", MMA),
     "wrong SBO": ("u64(1024 >> 4) << 32 | u64(1) << 46", "u64(512 >> 4) << 32 | u64(1) << 46", "is not what its descriptor", MMA),
@@ -372,10 +372,6 @@ def test_matrix_descriptors():
 # What is refused.
 
 REFUSED = {
-    "tcgen05.mma.cta_group::2.kind::f16 [r], d, d, r, p;": "cta_group::2",
-    "tcgen05.mma.ws.cta_group::1.kind::f16 [r], d, d, r, p;": "weight-stationary",
-    "tcgen05.mma.cta_group::1.kind::f16 [r], d, d, r, {r, r, r, r}, p;": "disable-output-lane mask",
-    "tcgen05.mma.cta_group::1.kind::f16 [r], d, d, r, p, 3;": "scale-input-d",
     "tcgen05.mma.cta_group::1.kind::i8 [r], d, d, r, p;": "kind::i8",
     "tcgen05.mma.cta_group::1.kind::mxf4.block_scale [r], d, d, r, [r], [r], p;": "block scales",
     "tcgen05.cp.cta_group::1.128x256b [r], d;": "tcgen05.cp",

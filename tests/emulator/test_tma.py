@@ -424,6 +424,8 @@ FORMS = [
     TO_SHARED.format("shared::cta", "", "", ""),
     TO_SHARED.format("shared::cluster", ".tile", ".L2::cache_hint", ", w"),
     TO_SHARED.format("shared::cluster", ".tile", ".multicast::cluster.L2::cache_hint", ", h, w"),
+    TO_SHARED.format("shared::cta", ".tile", ".cta_group::2", ""),
+    TO_SHARED.format("shared::cluster", "", "", "").replace(".2d.", ".2d.cta_group::1."),
     *(
         f"cp.async.bulk.prefetch.tensor.{n}d.L2.global.tile{hint} [out, {{{', '.join('a' * n)}}}]{more};"
         for n, hint, more in ((1, "", ""), (3, ".L2::cache_hint", ", w"), (5, "", ""))
@@ -444,7 +446,6 @@ FORMS = [
 REFUSED = {
     TO_SHARED.format("shared::cluster", ".im2col", "", ", {h, h}"): "im2col",
     TO_SHARED.format("shared::cta", ".tile::gather4", "", "").replace("{a, b}", "{a, a, a, a, a}"): "tile::gather4",
-    TO_SHARED.format("shared::cluster", ".tile", ".cta_group::2", ""): "cta_group::2",
     "tensormap.replace.tile.swizzle_atomicity.global.b1024.b32 [out], 1;": "swizzle_atomicity",
 }  # fmt: skip
 
