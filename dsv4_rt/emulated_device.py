@@ -33,6 +33,7 @@ class EmulatedDevice:
 
     check_global_writes, check_uninitialised: the checks that a Machine has on request.
     completion: when asynchronous operations run, as a Machine takes it: "early", "late" or "random" (seeded).
+    copies_in_order: as a Machine takes it.
     """
 
     arch: str = "sm_100a"
@@ -41,6 +42,7 @@ class EmulatedDevice:
     check_global_writes: bool = False
     check_uninitialised: bool = False
     completion: str = "early"
+    copies_in_order: bool = False
     kind: str = field(default="emulator", init=False)
     index: int = field(default=0, init=False)
     max_shared: int = field(default=227 * 1024, init=False)
@@ -60,6 +62,7 @@ class EmulatedDevice:
             check_global_writes=self.check_global_writes,
             check_uninitialised=self.check_uninitialised,
             completion=self.completion,
+            copies_in_order=self.copies_in_order,
         )
         self._modules: dict[str, Any] = {}
         self._lock = threading.RLock()
