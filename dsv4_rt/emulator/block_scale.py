@@ -48,7 +48,7 @@ PARTITION = 32  # lanes that hold one copy of all scale factors
 PADDED = ("e2m3", "e3m2", "e2m1")  # types whose elements have containers of their own
 PACKED = "e2m1x2"  # two to a byte
 SIZES = BYTES | dict.fromkeys((*PADDED, PACKED), 1)  # bytes of a container
-_FACTORS = ("e4m3", "e5m2", None, "e2m3", "e3m2", "e2m1")
+FACTORS = ("e4m3", "e5m2", None, "e2m3", "e3m2", "e2m1")  # by code
 # kind -> spelling of the vector size -> scale factors a row
 VECTORS: dict[str, dict[str, int]] = {
     "mxf8f6f4": {"": 1, "scale_vec::1X": 1, "block32": 1},
@@ -91,7 +91,7 @@ def decode(bits: int, kind: str, vector: int, group: int = 1) -> Fields:
     factors = []
     for what, at in (("A", 7), ("B", 10)):
         code = bits >> at & (3 if packed and what == "B" else 7)
-        ty = (PACKED if code == 1 else None) if packed else _FACTORS[code] if code < len(_FACTORS) else None
+        ty = (PACKED if code == 1 else None) if packed else FACTORS[code] if code < len(FACTORS) else None
         if ty is None:
             wanted = "; e2m1, which is 1, is all there is" if packed else ""
             raise EmulatorError(f"{name}: format {code} of {what} does not exist{wanted}")

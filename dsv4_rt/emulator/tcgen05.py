@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 _ONE = np.zeros(1, np.int64)  # position 0: the lane at fault
-_FACTORS = {"f16": ("f16", "bf16"), "tf32": (None, None, "tf32"), "f8f6f4": ("e4m3", "e5m2", "e2m3", "e3m2", "e2m1")}
+_FACTORS = {"f16": ("f16", "bf16"), "tf32": (None, None, "tf32"), "f8f6f4": block_scale.FACTORS}
 _A_COLUMNS = 8  # 32 bytes of k
 
 
