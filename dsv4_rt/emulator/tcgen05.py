@@ -173,8 +173,7 @@ class TensorCores:
             block_scale.claim(tmem, slab, lane, factors, range(column, column + form.n))
         number = self._claim(lane, cta, address, form, bool(add))
         rows_of_d, columns = _rows(form.m, address >> 16), slice(column, column + form.n)
-        others = [tmem.products[at - 1] for at, (_, by) in tmem.copies.items() if by != lane]
-        copies = [each for each in others if each.state != DONE and int(batch.cta[each.lane]) == cta]
+        copies = [each for each in tmem.copying if each.lane != lane and int(batch.cta[each.lane]) == cta]
 
         def read() -> list[Array]:
             for each in copies:  # of other threads, issued before

@@ -119,9 +119,7 @@ def _start(
 
     op = Op(KIND, line, lane, [Span(cta, lo, hi) for lo, hi in ranges], [], read, write)
     slab.defined[to[:, :, None], used] = True
-    number = tmem.enter(op)
-    tmem.copies[number] = batch.races.clock.tick(line), lane
-    batch.races.fresh = True
+    number = tmem.enter_copy(op)
     slab.writers[strips, column : column + width // 4] = number
     for records in slab.records.values():
         records[strips, column : column + width // 4] = 0

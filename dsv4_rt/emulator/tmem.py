@@ -92,12 +92,21 @@ class TensorMemory:
         self.slabs: dict[int, Slab] = {}
         self.products: list[Op] = []  # number - 1 -> operation
         self.copies: dict[int, tuple[int, int]] = {}  # number of a tcgen05.cp -> tick of its issue, lane
+        self.copying: list[Op] = []  # copies that have not completed
         self.waits: dict[str, dict[int, list[int]]] = {"ld": {}, "st": {}}  # warp -> ticks of its wait::ld, wait::st
 
     def enter(self, op: Op) -> int:
         """Give an operation of the tensor core its number."""
         self.products.append(op)
         return len(self.products)
+
+    def enter_copy(self, op: Op) -> int:
+        """The same of a tcgen05.cp, issued now."""
+        number = self.enter(op)
+        self.copies[number] = self.batch.races.clock.tick(op.line), op.lane
+        self.batch.races.fresh = True
+        self.copying = [each for each in self.copying if each.state != DONE] + [op]
+        return number
 
     def slab(self, cta: int) -> Slab:
         """The tensor memory of a CTA of the batch."""

@@ -99,6 +99,7 @@ ANOTHER = """    } else if (warp == 5 && lane == 1) {
 """ + COPIES + """            }
     } else if (warp < 4) {
 """
+TOGETHER = ANOTHER.replace("            }\n    } else if", "                __syncwarp(3);\n            }\n    } else if")
 PLANTS = {
     "id of A that two scales a row do not have": ("MXF4", [("id << 4 | id << 29", "id << 4 | (id ^ 1) << 29")], "scale factor id 1 of A; it must be 0 or 2", MXF4),
     "id of B that two scales a row do not have": ("MXF4", [("id << 4 | id << 29", "(id ^ 1) << 4 | id << 29")], "scale factor id 1 of B; it must be 0 or 2", MXF4),
@@ -128,7 +129,7 @@ PLANTS = {
     "full not waited for": ("NVF4", [(WAIT, "\n")], "tcgen05.cp (reads uninitialised|on shared offset .* reads the destination)", "tc_copy_scales"),
     "another thread copies": ("NVF4", [(COPIES, ""), ("    } else if (warp < 4) {\n", ANOTHER)],
         "nothing orders it after the tcgen05.cp of CTA|lie in undefined tensor memory|overwrites the source of an asynchronous tcgen05.cp", "tc_|load"),
-    "another thread copies, with a barrier": ("NVF4", [(COPIES, "                __syncwarp(3);\n"), ("    } else if (warp < 4) {\n", ANOTHER.replace("            }\n    } else if", "                __syncwarp(3);\n            }\n    } else if"))],
+    "another thread copies, with a barrier": ("NVF4", [(COPIES, "                __syncwarp(3);\n"), ("    } else if (warp < 4) {\n", TOGETHER)],
         "overwrites the source of an asynchronous tcgen05.cp|overwrites what is|touches what is written by an asynchronous tcgen05.cp", "load|tc_copy_scales"),
     "scales written without a proxy fence": ("NVF4", [(WAIT, WAIT + '                asm volatile("st.shared.b32 [%0], 0;" :: "r"(stage + SCALES) : "memory");\n')],
         "no fence.proxy.async lies between", "tc_copy_scales"),
@@ -140,6 +141,22 @@ PLANTS = {
         "the coordinate 32 of the contiguous axis, of u4x16_p64, is not a multiple of 128", "tma_load_2d"),
     "scale with a sign": ("NVF4", {"sign": 0x80}, "a scale factor of A, row 0, has its upper bit set", "tc_mma_nvf4"),
 }  # fmt: skip
+
+
+@all_schedules
+def test_copies_by_another_thread(completion, rng, tmp_path):
+    """Right if they are issued before the product, in an order that both threads know, and their own thread commits."""
+    commits = TOGETHER.replace(
+        "__syncwarp(3);",
+        "tc_commit(shared_address(&empty[i % STAGES]));\n"
+        "                if (k == steps - 1) tc_commit(shared_address(&done));\n                __syncwarp(3);")
+    edits = [
+        (COPIES, "                __syncwarp(3);\n"), ("    } else if (warp < 4) {\n", commits),
+        ("mbarrier_init(shared_address(&empty[s]), 1)", "mbarrier_init(shared_address(&empty[s]), 2)"),
+        ("mbarrier_init(shared_address(&done), 1)", "mbarrier_init(shared_address(&done), 2)"),
+    ]  # fmt: skip
+    with emulated(completion, rng) as device:
+        run_gemm_scaled(device, loader(tmp_path, *edits), rng)
 
 
 def planted(name, completion, rng, folder):

@@ -12,7 +12,7 @@ import pytest
 from asynchronous import all_schedules
 from programs import PRELUDE, compile_ptx, run_ptx
 from scaled_kernels import pack6
-from test_tcgen05 import PRODUCT, layout
+from test_tcgen05 import PRODUCT, STORE_A, WAIT_MMA, WAIT_ST, layout
 
 from dsv4_rt import formats
 from dsv4_rt.emulator import Machine
@@ -89,9 +89,10 @@ SHAPES = {"128x256b": (128, 32), "4x256b": (4, 32), "128x128b": (128, 16), "64x1
           "64x128b.warpx2::01_23": (64, 16), "32x128b.warpx4": (32, 16)}  # fmt: skip
 
 
-@pytest.mark.parametrize("swizzle", [0, 32, 128])
 @pytest.mark.parametrize("shape", SHAPES)
-@all_schedules
+@pytest.mark.parametrize(
+    ("swizzle", "completion"), [(0, "early"), (0, "late"), (0, "random"), (32, "random"), (128, "late")]
+)
 def test_copy(shape, swizzle, completion, rng):
     rows, width = SHAPES[shape]
     data = rng.integers(0, 256, (rows, width), dtype=np.uint8)
@@ -114,8 +115,7 @@ def test_copy(shape, swizzle, completion, rng):
 
 
 @pytest.mark.parametrize(("source", "bits"), [("b4x16_p64", 4), ("b6x16_p32", 6)])
-@pytest.mark.parametrize("shape", ["128x256b", "32x128b.warpx4"])
-@all_schedules
+@pytest.mark.parametrize(("shape", "completion"), [("128x256b", "random"), ("32x128b.warpx4", "late")])
 def test_copy_of_padded_elements(shape, source, bits, completion, rng):
     rows, width = SHAPES[shape]
     codes = rng.integers(0, 1 << bits, (rows, width), dtype=np.uint8)
@@ -133,7 +133,7 @@ def test_copy_of_padded_elements(shape, source, bits, completion, rng):
 # Scale factors.
 
 
-@pytest.mark.parametrize("completion", ["late"])
+@all_schedules
 def test_every_scale_of_the_128x4_layout(completion, rng):
     """A number for each (row, block), packed by the host, copied by cp, read as products of every size and id read it."""
     rows, blocks = 256, 12
@@ -216,8 +216,7 @@ VECTORS = {("mxf8f6f4", ""): 1, ("mxf8f6f4", "block32"): 1, ("mxf4", ""): 2, ("m
            ("mxf4nvf4", "block16"): 4}  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "size", "types", "majors", "swizzle", "in_tmem", "id_"), PRODUCTS)
-def test_product(kind, size, types, majors, swizzle, in_tmem, id_, rng):
+def run_product(kind, size, types, majors, swizzle, in_tmem, id_, rng, edit=lambda text: text):
     """Exact: D starts with integers, A is negated, cells outside D and everything else stay."""
     size, _, scale = size.partition(", ")
     scale = scale or "ue8m0"
@@ -256,7 +255,8 @@ def test_product(kind, size, types, majors, swizzle, in_tmem, id_, rng):
                     cell = start[32 * part + r % 32, column + r // 32 :][:1].view(np.uint8)
                     cell[id_ : id_ + vector] = sf[r]
         source = source.replace("%1, %2, %3, 1;", "%1, %2, %3, [%4], [%5], 1;")
-        source = source.replace('"r"(form) : "memory"', f'"r"(form), "r"(base + {SFA}), "r"(base + {SFB}) : "memory"')
+        upper = id_ << 30  # CUTLASS leaves the id there
+        source = source.replace('"r"(form) : "memory"', f'"r"(form), "r"(base + {SFA + upper}u), "r"(base + {SFB}) : "memory"')
     else:
         form |= 1 << 4
     if in_tmem:
@@ -266,10 +266,35 @@ def test_product(kind, size, types, majors, swizzle, in_tmem, id_, rng):
     source = source.replace("LANE", "0").replace("BYTES_A", str(images[0].nbytes)).replace("BYTES_B", str(images[1].nbytes))
     d = np.zeros((128, 256), np.uint32)
     machine = Machine("sm_100a", completion="late")
-    run_ptx(compile_ptx(PRELUDE + source, "sm_100a"), "k", 1, 128, *images, d, start, *words, np.uint32(form), np.int32(0),
+    run_ptx(compile_ptx(PRELUDE + edit(source), "sm_100a"), "k", 1, 128, *images, d, start, *words, np.uint32(form), np.int32(0),
             np.int32(0), np.int32(1), machine=machine, shared=images[0].nbytes + images[1].nbytes + 1024)  # fmt: skip
     np.testing.assert_array_equal(d[:, :n].view(np.float32), before[:, :n] - values[0] @ values[1].T)
     np.testing.assert_array_equal(d[:, n:], start[:, n:])
+
+
+@pytest.mark.parametrize(("kind", "size", "types", "majors", "swizzle", "in_tmem", "id_"), PRODUCTS)
+def test_product(kind, size, types, majors, swizzle, in_tmem, id_, rng):
+    run_product(kind, size, types, majors, swizzle, in_tmem, id_, rng)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (WAIT_ST, "    __syncthreads();\n", "missing tcgen05.wait::st: tcgen05.mma, scale factors of A of tensor memory"),
+        (f"(base + {SFB})", "(base + 255)", "out of bounds: tcgen05.mma, scale factors of B of TMEM column"),
+        (f"(base + {SFB})", "(base + 20)", "the scale factors of B lie in columns .* the accumulator in"),
+        (WAIT_MMA, STORE_A.replace("130", str(SFA)) + WAIT_MMA, "overwrites scale factors of an asynchronous tcgen05.mma that"),
+        ("n < 256; ++n)\n        asm volatile(\"tcgen05.st", "n < 192; ++n)\n        asm volatile(\"tcgen05.st", "a sum must not accumulate|undefined"),
+    ],
+)  # fmt: skip
+def test_scales_misused(old, new, message, rng):
+    def edit(text):
+        assert text.count(old) == 1
+        return text.replace(old, new)
+
+    with pytest.raises(KernelFault, match=message) as caught:
+        run_product("mxf4nvf4", "scale_vec::4X", ("e2m1", "e2m1"), (0, 0), 128, False, 0, rng, edit)
+    assert re.search(r"PTX line \d+: .*\n  .*program\.cu:\d+", str(caught.value))
 
 
 # Instruction descriptors.
