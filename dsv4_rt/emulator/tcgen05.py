@@ -128,7 +128,7 @@ class TensorCores:
         self.last: dict[int, Op] = {}  # of a thread
         self.open: dict[int, Completion] = {}  # of what a thread has issued since its last commit
         self.forms: dict[int, tuple[int, InstructionDescriptor, int]] = {}  # id of an op -> its accumulator
-        self.places: dict[tuple[int, int, int, bool], tuple[Array, list[tuple[int, int]]]] = {}
+        self.places: dict[tuple[int, int, int, int, bool], tuple[Array, list[tuple[int, int]]]] = {}
         self.entries: dict[tuple[int, int, int], Entry] = {}  # the latest that reads a range, by thread
 
     def mma(
@@ -205,7 +205,8 @@ class TensorCores:
             slab.cells[rows_of_d, columns] = found | np.uint32(0x7FFF0000) if half else found
 
         op = Op("tcgen05.mma", line, lane, reads, [], read, write)
-        assert number == tmem.enter(op)
+        entered = tmem.enter(op)
+        assert number == entered
         if from_tmem:
             tmem.slab(cta).readers[_strips(form.m, a >> 16), a & 0xFFFF : (a & 0xFFFF) + _A_COLUMNS] = number
         block_scale.mark(slab, factors, number)
@@ -287,7 +288,7 @@ class TensorCores:
         self, word: int, what: str, rows: int, depth: int, size: int, mn_major: bool
     ) -> tuple[Array, list[tuple[int, int]]]:
         """(element addresses, byte ranges) of a matrix, which must lie in shared memory."""
-        key = (word, rows, size, mn_major)
+        key = (word, rows, depth, size, mn_major)
         if key not in self.places:
             d = decode_tcgen05(word)
             base = d.start & ~1023  # every pattern repeats after 1024 bytes

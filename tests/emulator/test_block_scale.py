@@ -159,6 +159,13 @@ def test_copies_by_another_thread(completion, rng, tmp_path):
         run_gemm_scaled(device, loader(tmp_path, *edits), rng)
 
 
+@all_schedules
+def test_copies_taken_to_be_in_order(completion, rng, tmp_path):
+    """One set of scale columns for all stages, as Triton and DeepGEMM have it: right where copies do not overtake."""
+    with emulated(completion, rng, copies_in_order=True) as device:
+        run_gemm_scaled(device, loader(tmp_path, *PLANTS["one set of scale columns"][1]), rng)
+
+
 def planted(name, completion, rng, folder):
     kind, changes, message, at = PLANTS[name]
     options = {"edits": changes} if isinstance(changes, list) else changes

@@ -114,6 +114,16 @@ def test_copy(shape, swizzle, completion, rng):
     np.testing.assert_array_equal(found, want)
 
 
+def test_two_widths_of_one_descriptor(rng):
+    image = rng.integers(0, 256, 4096, dtype=np.uint8)
+    start = np.zeros((128, 64), np.uint32)
+    shape = "128x256b [%0 + 16], %1; tcgen05.cp.cta_group::1.128x128b"
+    found = run_copies(shape, image, [descriptor(leading=2048)], [0], start, "early", rng)
+    halves = image.reshape(2, 128, 16).view(np.uint32)
+    np.testing.assert_array_equal(found[:, :4], halves[0])
+    np.testing.assert_array_equal(found[:, 16:24], np.concatenate(halves, axis=1))
+
+
 @pytest.mark.parametrize(("source", "bits"), [("b4x16_p64", 4), ("b6x16_p32", 6)])
 @pytest.mark.parametrize(("shape", "completion"), [("128x256b", "random"), ("32x128b.warpx4", "late")])
 def test_copy_of_padded_elements(shape, source, bits, completion, rng):
