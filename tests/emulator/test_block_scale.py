@@ -186,3 +186,13 @@ def test_planted_bug_is_reported(name, completion, rng, tmp_path):
     assert re.search(r"PTX line \d+: ", text)
     named = [(tmp_path / file).read_text().split("\n")[int(line) - 1] for file, line in re.findall(r"(\w+\.cuh?):(\d+)", text)]
     assert any(part in line for part in at.split("|") for line in named), text
+
+
+@all_schedules
+def test_a_copy_that_only_happens_to_come_first(completion, rng, tmp_path):
+    """Another thread copies, and gets there before the products: nothing orders the two all the same."""
+    with (
+        emulated(completion, rng, order="reverse") as device,
+        pytest.raises(KernelFault, match=r"scale factors of A: nothing orders it after the tcgen05\.cp of CTA"),
+    ):
+        run_gemm_scaled(device, loader(tmp_path, *PLANTS["another thread copies"][1]), rng)

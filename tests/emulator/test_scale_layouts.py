@@ -292,6 +292,7 @@ def test_product(kind, size, types, majors, swizzle, in_tmem, id_, rng):
     [
         (WAIT_ST, "    __syncthreads();\n", "missing tcgen05.wait::st: tcgen05.mma, scale factors of A of tensor memory"),
         (f"(base + {SFB})", "(base + 255)", "out of bounds: tcgen05.mma, scale factors of B of TMEM column"),
+        (f"(base + {SFB})", "(base + 140)", "scale factors of B differ among the four 32-lane partitions: those of row 0 are"),
         (f"(base + {SFB})", "(base + 20)", "the scale factors of B lie in columns .* the accumulator in"),
         (WAIT_MMA, STORE_A.replace("130", str(SFA)) + WAIT_MMA, "overwrites scale factors of an asynchronous tcgen05.mma that"),
         ("n < 256; ++n)\n        asm volatile(\"tcgen05.st", "n < 192; ++n)\n        asm volatile(\"tcgen05.st", "a sum must not accumulate|undefined"),
