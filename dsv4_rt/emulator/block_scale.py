@@ -104,14 +104,15 @@ def decode(bits: int, kind: str, vector: int, group: int = 1) -> Fields:
         if id_ not in _IDS[vector]:
             allowed = " or ".join(map(str, _IDS[vector]))
             raise EmulatorError(f"{name}: scale factor id {id_} of {what}; it must be {allowed}")
-    m, n = (bits >> 27 & 3) << 7, (bits >> 17 & 63) << 3
-    rows, step = ((128,), 8) if group == 1 else ((128, 256), 16)
-    if m not in rows or not step <= n <= 256 or n % step:
-        wanted = f"M of {' or '.join(map(str, rows))} with cta_group::{group}, N from {step} to 256 in steps of {step}"
-        raise EmulatorError(f"{name}: M = {m}, N = {n}; possible: {wanted}")
     mn_major = bool(bits >> 15 & 1), bool(bits >> 16 & 1)
     if packed and any(mn_major):
         raise EmulatorError(f"{name}: matrices of kind::{kind} are K-major (bits 15 and 16)")
+    m, n = (bits >> 27 & 3) << 7, (bits >> 17 & 63) << 3
+    rows, step = ((128,), 8) if group == 1 else ((128, 256), 16)
+    step *= 1 + (bits >> 16 & 1)  # where B is MN-major
+    if m not in rows or not step <= n <= 256 or n % step:
+        wanted = f"M of {' or '.join(map(str, rows))} with cta_group::{group}, N from {step} to 256 in steps of {step}"
+        raise EmulatorError(f"{name}: M = {m}, N = {n}; possible: {wanted}")
     negative = bool((bits >> 13 ^ bits >> 14) & 1)
     return m, n, (factors[0], factors[1], "f32"), negative, mn_major, ScaleForm(scale, vector, ids)
 

@@ -92,9 +92,9 @@ def decode_instruction(bits: int, kind: str, vector: int = 0) -> InstructionDesc
     if code > 1 or (code == 0 and (kind == "tf32" or "bf16" in factors)):
         raise EmulatorError(f"{name}: format {code} of D does not exist for A and B of {' and '.join(factors)}")
     m, n = (bits >> 24 & 31) << 4, (bits >> 17 & 63) << 3
-    step = 8 if m == 64 or kind == "f16" else 16
-    if m not in (64, 128) or not 8 <= n <= 256 or n % step:
-        wanted = "M of 64 or 128 with cta_group::1, N from 8 to 256 in steps of 8 (16 for M = 128, 8 with kind::f16)"
+    step = 16 if kind == "f8f6f4" and bits >> 16 & 1 else 8
+    if m not in (64, 128) or not step <= n <= 256 or n % step:
+        wanted = "M of 64 or 128 with cta_group::1, N from 8 to 256 in steps of 8 (16 where B is MN-major, of 8 bits)"
         raise EmulatorError(f"{name}: M = {m}, N = {n}; possible: {wanted}")
     mn_major = bool(bits >> 15 & 1), bool(bits >> 16 & 1)
     if kind == "tf32" and any(mn_major):

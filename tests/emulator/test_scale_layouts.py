@@ -231,7 +231,7 @@ def run_product(kind, size, types, majors, swizzle, in_tmem, id_, rng, edit=lamb
     size, _, scale = size.partition(", ")
     scale = scale or "ue8m0"
     vector = 0 if kind == "f8f6f4" else VECTORS.get((kind, size)) or int(size[-2])
-    m, n, packed = 128, 40 if kind != "f8f6f4" else 48, kind in ("mxf4", "mxf4nvf4")
+    m, n, packed = 128, 48 if majors[1] else 40, kind in ("mxf4", "mxf4nvf4")
     depth = 64 if packed else 32
     images, words, values, codes = [], [], [], []
     for ty, rows, major in zip(types, (m, n), majors, strict=True):
@@ -323,7 +323,7 @@ MX8 = 1 << 23 | 64 >> 3 << 17 | 1 << 27
         (NV | 1 << 4, "mxf4nvf4", 4, "id 1 of B; it must be 0$"), (NV | 1 << 23 | 3 << 29, "mxf4", 2, "id 3 of A; it must be 0 or 2"),
         (NV ^ 1 << 7, "mxf4nvf4", 4, "format 0 of A"), (NV | 2 << 10, "mxf4nvf4", 4, "format 3 of B"), (MX8 | 2 << 7, "mxf8f6f4", 1, "format 2 of A"),
         (NV | 1 << 28, "mxf4nvf4", 4, "M = 384"), (MX8 ^ 1 << 27, "mxf8f6f4", 1, "M = 0"), (MX8 & ~(63 << 17), "mxf8f6f4", 1, "N = 0"),
-        (MX8 | 63 << 17, "mxf8f6f4", 1, "N = 504"), (NV | 1 << 16, "mxf4nvf4", 4, "K-major"),
+        (MX8 | 63 << 17, "mxf8f6f4", 1, "N = 504"), (MX8 | 1 << 16 | 1 << 17, "mxf8f6f4", 1, "N = 72; .* in steps of 16"), (NV | 1 << 16, "mxf4nvf4", 4, "K-major"),
     ],
 )  # fmt: skip
 def test_forbidden_instruction_descriptor(bits, kind, vector, message):

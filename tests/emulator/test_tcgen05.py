@@ -343,7 +343,7 @@ F16 = 1 << 4 | 64 >> 3 << 17 | 128 >> 4 << 24
         (F16 | 1 << 31, "f16", "must be 0"), (F16 | 2 << 7, "f16", "format 2 of A"), (F16 | 7 << 10, "f8f6f4", "format 7 of B"),
         (F16, "tf32", "format 0 of A"), (F16 | 2 << 4, "f16", "format 3 of D"), (F16 & ~(3 << 4) | 1 << 7, "f16", "format 0 of D"),
         (F16 ^ 3 << 24, "f16", "M = 176"), (F16 & ~(63 << 17), "f16", "N = 0"), (F16 | 63 << 17, "f16", "N = 504"),
-        (F16 ^ 1 << 17, "f8f6f4", "N = 72"),
+        (F16 ^ 1 << 17 | 1 << 16, "f8f6f4", "N = 72"), (F16 ^ 9 << 17 | 1 << 16, "f8f6f4", "N = 8"),
     ],
 )  # fmt: skip
 def test_forbidden_instruction_descriptor(bits, kind, message):
