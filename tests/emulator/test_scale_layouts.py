@@ -5,6 +5,7 @@ The 128x4 layout is host packing in `formats.py`, and copy and reading here, fro
 """
 
 import re
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -18,7 +19,6 @@ from dsv4_rt import formats
 from dsv4_rt.emulator import Machine
 from dsv4_rt.emulator.block_scale import ScaleFactors
 from dsv4_rt.emulator.tcgen05 import decode_instruction
-from dsv4_rt.emulator.tmem import Slab
 from dsv4_rt.errors import EmulatorError, KernelFault, UnsupportedInstruction
 
 # Copies: an image in shared memory, one tcgen05.cp for each descriptor, all of tensor memory afterwards.
@@ -154,8 +154,7 @@ def test_every_scale_of_the_128x4_layout(completion, rng):
         words = [descriptor(512 * i) for i in range(len(image) // 512)]
         to = [i % 3 * 8 + i // 3 * 4 for i in range(len(words))]  # k block by k block, 8 columns for 256 rows
         start = np.zeros((128, 64), np.uint32)
-        slab = Slab()
-        slab.cells[:, :64] = run_copies("32x128b.warpx4", image, words, to, start, completion, rng)
+        slab = SimpleNamespace(cells=run_copies("32x128b.warpx4", image, words, to, start, completion, rng))
         read = np.full((rows, blocks), -1)
         for word in range(3):
             for vector, ids in ((1, (0, 1, 2, 3)), (2, (0, 2)), (4, (0,))):
