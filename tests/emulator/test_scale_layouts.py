@@ -17,8 +17,10 @@ from test_tcgen05 import PRODUCT, STORE_A, WAIT_MMA, WAIT_ST, layout
 
 from dsv4_rt import formats
 from dsv4_rt.emulator import Machine
-from dsv4_rt.emulator.block_scale import ScaleFactors
+from dsv4_rt.emulator.block_scale import ScaleFactors, of_padded, padded_bytes, values
+from dsv4_rt.emulator.descriptors import decode_tcgen05
 from dsv4_rt.emulator.tcgen05 import decode_instruction
+from dsv4_rt.emulator.wgmma import reach
 from dsv4_rt.errors import EmulatorError, KernelFault, UnsupportedInstruction
 
 # Copies: an image in shared memory, one tcgen05.cp for each descriptor, all of tensor memory afterwards.
@@ -181,6 +183,43 @@ def test_offsets_of_the_documentation():
                         at += 1
 
 
+# Elements.
+
+
+def test_values_of_all_codes():
+    """The emulator's own tables against those of `formats.py` and of ml_dtypes."""
+    every = np.arange(256, dtype=np.uint8)[:, None]
+    np.testing.assert_array_equal(values("e4m3", every), formats.e4m3_decode(every))
+    np.testing.assert_array_equal(values("e5m2", every), formats.e5m2_decode(every))
+    np.testing.assert_array_equal(values("ue8m0", every), formats.ue8m0_decode(every))
+    np.testing.assert_array_equal(values("ue4m3", every[:128]), formats.e4m3_decode(every[:128]))
+    np.testing.assert_array_equal(values("e2m1", every[:16]), formats.e2m1_decode(every[:16]))
+    for ty, of in (("e2m3", ml_dtypes.float6_e2m3fn), ("e3m2", ml_dtypes.float6_e3m2fn)):
+        np.testing.assert_array_equal(values(ty, every[:64]), every[:64].view(of).astype(np.float64))
+
+
+@pytest.mark.parametrize("swizzle", [0, 32, 64, 128])
+@pytest.mark.parametrize("padding", [False, True])
+def test_every_fp4_of_a_matrix(padding, swizzle):
+    """A number for each (row, k), in hexadecimal digits, packed by the host, found and unpacked as a product does."""
+    rows, depth = 128, 32 if padding else 64
+    number = np.arange(rows * depth).reshape(rows, depth)
+    read = np.zeros_like(number)
+    for shift in (0, 4, 8, 12):
+        codes = (number >> shift & 15).astype(np.uint8)
+        elements = codes if padding else formats.e2m1_pack(codes)
+        image, word, _ = layout(np.pad(elements, ((0, 0), (0, max(swizzle - 32, 0)))), 0, swizzle)
+        memory = np.frombuffer((padded("e2m1", image) if padding else image).tobytes(), np.uint8)
+        place, _ = reach(decode_tcgen05(int(word)), rows, 32, 1, False)
+        if padding:
+            first, last, at = padded_bytes(place, "e2m1")
+            found = values("e2m1", of_padded(memory[first], memory[last], at, "e2m1"))
+        else:
+            found = values("e2m1x2", memory[place])
+        read |= formats.e2m1_encode(found.T).astype(int) << shift
+    np.testing.assert_array_equal(read, number)
+
+
 # Single products, with A in shared or tensor memory.
 
 NARROW = {"e4m3": 0, "e5m2": 1, "e2m3": 3, "e3m2": 4, "e2m1": 5}
@@ -232,7 +271,7 @@ def run_product(kind, size, types, majors, swizzle, in_tmem, id_, rng, edit=lamb
     vector = 0 if kind == "f8f6f4" else VECTORS.get((kind, size)) or int(size[-2])
     m, n, packed = 128, 48 if majors[1] else 40, kind in ("mxf4", "mxf4nvf4")
     depth = 64 if packed else 32
-    images, words, values, codes = [], [], [], []
+    images, words, numbers, codes = [], [], [], []
     for ty, rows, major in zip(types, (m, n), majors, strict=True):
         wide = 128 * -(-rows // 128) if major else rows  # whole patterns of MN-major rows
         code, value = codes_of(rng, ty, wide, depth)
@@ -242,7 +281,7 @@ def run_product(kind, size, types, majors, swizzle, in_tmem, id_, rng, edit=lamb
         image, word, _ = layout(bits, major, swizzle)
         images.append(np.frombuffer((image if packed else padded(ty, image)).tobytes(), np.uint8).copy())
         words.append(word)
-        values.append(value[:rows])
+        numbers.append(value[:rows])
         codes.append(code[:rows])
     before = rng.integers(-100, 100, (128, 256))
     start = before.astype(np.float32).view(np.uint32).copy()
@@ -258,7 +297,7 @@ def run_product(kind, size, types, majors, swizzle, in_tmem, id_, rng, edit=lamb
         for i, (rows, column) in enumerate(((m, SFA), (n, SFB))):
             sf = rng.integers(125, 130, (rows, vector)) if scale == "ue8m0" else rng.integers(0x30, 0x48, (rows, vector))
             factor = formats.ue8m0_decode(sf) if scale == "ue8m0" else formats.e4m3_decode(sf)
-            values[i] = values[i] * np.repeat(factor, depth // vector, axis=1)
+            numbers[i] = numbers[i] * np.repeat(factor, depth // vector, axis=1)
             for r in range(rows):
                 for part in range(4):
                     cell = start[32 * part + r % 32, column + r // 32 :][:1].view(np.uint8)
@@ -277,7 +316,7 @@ def run_product(kind, size, types, majors, swizzle, in_tmem, id_, rng, edit=lamb
     machine = Machine("sm_100a", completion="late")
     run_ptx(compile_ptx(PRELUDE + edit(source), "sm_100a"), "k", 1, 128, *images, d, start, *words, np.uint32(form), np.int32(0),
             np.int32(0), np.int32(1), machine=machine, shared=images[0].nbytes + images[1].nbytes + 1024)  # fmt: skip
-    np.testing.assert_array_equal(d[:, :n].view(np.float32), before[:, :n] - values[0] @ values[1].T)
+    np.testing.assert_array_equal(d[:, :n].view(np.float32), before[:, :n] - numbers[0] @ numbers[1].T)
     np.testing.assert_array_equal(d[:, n:], start[:, n:])
 
 
