@@ -45,6 +45,7 @@ USUAL_CAUSES = {
 TENSOR_MAP_TYPES = {
     "u8": "UINT8", "u16": "UINT16", "u32": "UINT32", "s32": "INT32", "u64": "UINT64", "s64": "INT64", "f16": "FLOAT16",
     "f32": "FLOAT32", "f64": "FLOAT64", "bf16": "BFLOAT16", "tf32": "TFLOAT32", "u4x16": "16U4_ALIGN8B",
+    "u4x16_p64": "16U4_ALIGN16B", "u6x16_p32": "16U6_ALIGN16B",
 }  # fmt: skip
 # Errors after which every call in this process fails: the context is gone.
 CONTEXT_KILLERS = frozenset({214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721})

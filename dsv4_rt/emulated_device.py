@@ -34,6 +34,7 @@ class EmulatedDevice:
     ctas_per_sm: CTAs that run on one SM at the same time and share its tensor memory.
     check_global_writes, check_uninitialised: the checks that a Machine has on request.
     completion: when asynchronous operations run, as a Machine takes it: "early", "late" or "random" (seeded).
+    copies_in_order: as a Machine takes it.
     """
 
     arch: str = "sm_100a"
@@ -43,6 +44,7 @@ class EmulatedDevice:
     check_global_writes: bool = False
     check_uninitialised: bool = False
     completion: str = "early"
+    copies_in_order: bool = False
     kind: str = field(default="emulator", init=False)
     index: int = field(default=0, init=False)
     max_shared: int = field(default=227 * 1024, init=False)
@@ -63,6 +65,7 @@ class EmulatedDevice:
             check_global_writes=self.check_global_writes,
             check_uninitialised=self.check_uninitialised,
             completion=self.completion,
+            copies_in_order=self.copies_in_order,
         )
         self._modules: dict[str, Any] = {}
         self._lock = threading.RLock()

@@ -31,7 +31,9 @@ ADDRESSES = 1024  # maps that a TensorMapAt keeps
 DTYPES = {
     "u8": 8, "u16": 16, "u32": 32, "s32": 32, "u64": 64, "s64": 64, "f16": 16, "f32": 32, "f64": 64, "bf16": 16,
     "tf32": 32, "u4x16": 4,
+    "u4x16_p64": 4, "u6x16_p32": 6,
 }  # fmt: skip
+PADDED = ("u4x16_p64", "u6x16_p32")  # 16 elements take 16 bytes of shared memory
 FLOATS = ("f16", "f32", "f64", "bf16", "tf32")
 SWIZZLES = {"none": 0, "32B": 32, "64B": 64, "128B": 128}  # bytes a row of a box may have
 FILLS = ("zero", "nan")
@@ -50,7 +52,9 @@ class TensorMap:
             strided or overlap; 16-byte aligned.
         box: elements an instruction moves, for each axis, at most 256; the row (last axis) has a multiple of 16 bytes.
         dtype: the element type by its PTX name; that of the array if None. "tf32" of a float32 array rounds what is
-            loaded to the nearest tf32; "u4x16" of a uint8 array counts its nibbles (not on sm_90a).
+            loaded to the nearest tf32; "u4x16" of a uint8 array counts its nibbles (not on sm_90a). "u4x16_p64"
+            and "u6x16_p32", also of uint8, count elements of 4 and 6 bits that arrive padded, 16 of them in 16 bytes:
+            what kind::f8f6f4 and mxf8f6f4 of tcgen05.mma take (not on sm_90a).
         element_strides: of each axis, take every n-th element, 1 to 8: ceil(box / n) elements arrive. The last axis has
             1.
         swizzle: "none", "32B", "64B" or "128B": permute the 16-byte pieces of a row, which has at most that many bytes.
@@ -97,14 +101,14 @@ class TensorMap:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a box along the last axis."""
-        return self.box[-1] * DTYPES[self.dtype] // 8
+        """Bytes of a box along the last axis, in shared memory."""
+        return self.box[-1] if self.dtype in PADDED else self.box[-1] * DTYPES[self.dtype] // 8
 
     @property
     def transaction_bytes(self) -> int:
-        """What one load of a box credits to its mbarrier, elements outside the array included."""
+        """What one load of a box credits to its mbarrier: elements, outside the array too, without padding."""
         rows = [-(-b // s) for b, s in zip(self.box[:-1], self.element_strides[:-1], strict=True)]
-        return int(np.prod(rows, dtype=np.int64)) * self.row_bytes
+        return int(np.prod(rows, dtype=np.int64)) * (self.box[-1] * DTYPES[self.dtype] // 8)
 
     @property
     def region(self) -> Region:
@@ -132,6 +136,8 @@ class TensorMap:
         if found is None:
             if (self.view.device == "cuda") != (on.kind == "cuda") or self.view.index != on.index:
                 raise ArgumentError(f"TensorMap: the array is on {self.view.on}, the kernel on {on!r}")
+            if self.dtype in PADDED and on.arch == "sm_90a":
+                raise ArgumentError(f"TensorMap: sm_90a has no {self.dtype}")
             if self.dtype == "u4x16" and on.arch == "sm_90a":
                 raise ArgumentError("TensorMap: sm_90a has no u4x16; a u8 map of the same bytes gives the same tile")
             found = self._encoded[repr(on)] = on.encode_tensor_map(self.fields())
@@ -172,6 +178,17 @@ class TensorMap:
             refuse(f"oob_fill 'nan' of {self.dtype}, which is no float")
         if self.dtype == "u4x16" and self.shape[-1] % 2:
             refuse("u4x16 takes an even number of elements on the last axis")
+        if self.dtype in PADDED:
+            self._check_padded(refuse)
+
+    def _check_padded(self, refuse: Callable[[str], None]) -> None:
+        """The further rules of elements that arrive padded."""
+        if self.box[-1] != 128 or self.shape[-1] % 128:
+            refuse(f"{self.dtype} takes boxes of 128 elements, and a multiple of 128 of them on the last axis")
+        if self.view.ptr % 32 or any(stride % 32 for stride in self.strides[:-1]):
+            refuse(f"{self.dtype} takes arrays and strides that are multiples of 32 B")
+        if self.swizzle not in ("none", "128B"):
+            refuse(f"{self.dtype} takes swizzle 'none' or '128B'")
 
 
 class TensorMapAt:
@@ -235,11 +252,11 @@ def _sizes(what: str, given: Sequence[int], rank: int) -> tuple[int, ...]:
 def _layout(v: View, bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(shape in elements, strides in bytes) of the array, as elements of so many bits."""
     size = v.dtype.itemsize
-    if bits != 8 * size and not (bits == 4 and size == 1):
+    if bits != 8 * size and not (bits in (4, 6) and size == 1):
         raise ArgumentError(f"TensorMap: elements of {bits} bits, of a {v.dtype.name} array")
     if v.shape[-1] > 1 and v.strides[-1] != 1:
         raise ArgumentError(f"TensorMap: the array's last axis steps {v.strides[-1]} elements; it must be contiguous")
-    shape = (*v.shape[:-1], v.shape[-1] * 2) if bits == 4 else v.shape
+    shape = (*v.shape[:-1], v.shape[-1] * 8 // bits) if bits < 8 else v.shape
     # Nobody steps along an axis of one element: any legal stride serves, and frameworks give odd ones.
     strides = tuple(s * size if n > 1 else 16 for n, s in zip(v.shape[:-1], v.strides[:-1], strict=True))
     return shape, (*strides, size)

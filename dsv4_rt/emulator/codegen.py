@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv4_rt.emulator import alu, atomics, clusters, collective, copies, mma, remote, tma
+from dsv4_rt.emulator import alu, atomics, clusters, collective, copies, mma, remote, tcgen05_cp, tma
 from dsv4_rt.emulator.ir import (
     TYPES,
     Address,
@@ -510,7 +510,7 @@ def new_namespace() -> dict[str, Any]:
     """What generated code sees."""
     names: dict[str, Any] = {"np": np, "where": np.where, "resize": alu.resize, "alu": alu}
     names |= {"collective": collective, "atomics": atomics, "clusters": clusters, "copies": copies, "mma": mma}
-    names |= {"remote": remote, "tma": tma, "U1": np.bool_}
+    names |= {"remote": remote, "tma": tma, "tcgen05_cp": tcgen05_cp, "U1": np.bool_}
     names |= {f"U{8 << k}": dtype for k, dtype in enumerate(UNSIGNED)}
     names |= {f"I{8 << k}": dtype for k, dtype in enumerate((np.int8, np.int16, np.int32, np.int64))}
     return names

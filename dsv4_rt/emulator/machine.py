@@ -215,7 +215,8 @@ def _build(module: Module, name: str, clustered: bool) -> Program:
         ptx, ptx.functions[name], blocks, first, layouts, registers, pointers, shared[1], STACK if calls else 0
     )
     ops = {(ins.op, mod) for function in order for ins in function.instrs for mod in ins.mods}
-    program.tiled = bool({("wgmma", "mma_async"), ("tcgen05", "mma")} & ops) and ("cp", "tensor") in ops
+    matrices = {("wgmma", "mma_async"), ("tcgen05", "mma"), ("tcgen05", "cp")}
+    program.tiled = bool(matrices & ops) and ("cp", "tensor") in ops
     program.proxied = any(_reads_by_proxy(ins) for function in order for ins in function.instrs)
     program.symbols = {shared[0][id(var)]: var.name for var in shared[2]}
     program.cancels = ("clusterlaunchcontrol", "try_cancel") in ops
@@ -376,6 +377,8 @@ class Machine:
             host has written (see `watched.py`).
         completion: when asynchronous operations run (see `async_.py`): "early" at once, "late" when waited for or when
             nothing else can go on, "random" at seeded moments. A right kernel gives the same result under all.
+        copies_in_order: do not report a tcgen05.cp over tensor memory that earlier operations of its own thread use.
+            The PTX ISA does not order the two, but code in use (Triton 3.9, DeepGEMM) relies on it.
     """
 
     def __init__(
@@ -390,12 +393,14 @@ class Machine:
         check_global_writes: bool = False,
         check_uninitialised: bool = False,
         completion: str = "early",
+        copies_in_order: bool = False,
     ) -> None:
         if order not in ORDERS:
             raise EmulatorError(f"Machine: order {order!r} is none of {', '.join(ORDERS)}")
         if completion not in COMPLETIONS:
             raise EmulatorError(f"Machine: completion {completion!r} is none of {', '.join(COMPLETIONS)}")
         self.arch, self.order, self.seed, self.completion = arch, order, seed, completion
+        self.copies_in_order = copies_in_order
         self.source_roots = tuple(Path(root) for root in source_roots)
         if ctas_per_sm < 1:
             raise EmulatorError(f"Machine: ctas_per_sm {ctas_per_sm} is not a positive number")

@@ -168,12 +168,18 @@ def exact_dot(a: Array, b: Array, c: Array | None, types: tuple[str, str, str], 
         d: [M, N] bits of the accumulator's type.
     """
     va, vb = (_numbers(ty, bits)[0].astype(F64) for ty, bits in zip(types, (a, b), strict=False))
-    total = (-va if negative else va).T @ vb
-    if c is not None:
-        total = total + _accumulator(types[2], c)
+    return truncated_dot(va, vb, c, types[2], negative)
+
+
+def truncated_dot(va: Array, vb: Array, c: Array | None, ty: str, negative: bool = False) -> Array:
+    """The same of factors in float64: [K, M] and [K, N] values, `ty` the accumulator's type."""
+    with np.errstate(invalid="ignore"):  # infinity times zero, or less infinity, is NaN
+        total = (-va if negative else va).T @ vb
+        if c is not None:
+            total = total + _accumulator(ty, c)
     finite = np.isfinite(total)
     special = None if finite.all() else np.where(finite, 0.0, total)
-    return _round(total if special is None else np.where(finite, total, 0.0), special, types[2], WIDE)
+    return _round(total if special is None else np.where(finite, total, 0.0), special, ty, WIDE)
 
 
 _kept = threading.local()

@@ -28,11 +28,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from dsv4_rt.emulator import block_scale
 from dsv4_rt.emulator.async_ import DONE, Op, Span
+from dsv4_rt.emulator.block_scale import PADDED, SIZES, ScaleFactors, ScaleForm
 from dsv4_rt.emulator.descriptors import MatrixDescriptor, decode_tcgen05
 from dsv4_rt.emulator.inflight import Completion, Entry
 from dsv4_rt.emulator.memory import SHARED_FIRST, LaneFault
-from dsv4_rt.emulator.mma import BYTES, element_type, exact_dot
+from dsv4_rt.emulator.mma import exact_dot, truncated_dot
 from dsv4_rt.emulator.tiles import Operand
 from dsv4_rt.emulator.tmem import STRIP
 from dsv4_rt.emulator.wgmma import check_rank, reach
@@ -43,10 +45,8 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 _ONE = np.zeros(1, np.int64)  # position 0: the lane at fault
-_EIGHT_BITS = ("e4m3", "e5m2", None, "e2m3", "e3m2", "e2m1")
-_FACTORS = {"f16": ("f16", "bf16"), "tf32": (None, None, "tf32"), "f8f6f4": _EIGHT_BITS}
+_FACTORS = {"f16": ("f16", "bf16"), "tf32": (None, None, "tf32"), "f8f6f4": block_scale.FACTORS}
 _A_COLUMNS = 8  # 32 bytes of k
-_NARROW = ("e2m3", "e3m2", "e2m1")
 
 
 @dataclass(frozen=True)
@@ -58,19 +58,23 @@ class InstructionDescriptor:
     types: tuple[str, str, str]  # of A, B, D
     negative: bool
     mn_major: tuple[bool, bool]
+    scales: ScaleForm | None = None
 
     @property
     def depth(self) -> int:
-        return 32 // BYTES[self.types[0]]
+        """Containers of k: elements, but for fp4 packed in bytes."""
+        return 32 // SIZES[self.types[0]]
 
 
-def decode_instruction(bits: int, kind: str) -> InstructionDescriptor:
-    """The instruction descriptor of kind::f16, tf32 or f8f6f4 with cta_group::1.
+def decode_instruction(bits: int, kind: str, vector: int = 0) -> InstructionDescriptor:
+    """The instruction descriptor of a product with cta_group::1; vector: scale factors a row, 0 without block scales.
 
     Raises:
         EmulatorError: a field that the ISA forbids.
         UnsupportedInstruction: one that is not modelled.
     """
+    if vector:
+        return InstructionDescriptor(*block_scale.decode(bits, kind, vector))
     name = f"instruction descriptor {bits:#010x} of kind::{kind}"
     reserved = bits & (0b1000 | 1 << 6 | 1 << 23 | 1 << 29 | 3 << 30 | 3)
     if bits & 4:
@@ -83,16 +87,14 @@ def decode_instruction(bits: int, kind: str) -> InstructionDescriptor:
         ty = known[code] if code < len(known) else None
         if ty is None:
             raise EmulatorError(f"{name}: format {code} of {what} does not exist")
-        if ty in _NARROW:
-            raise UnsupportedInstruction(f"{name}: {ty} is not implemented by the emulator")
         factors.append(ty)
     code = bits >> 4 & 3
     if code > 1 or (code == 0 and (kind == "tf32" or "bf16" in factors)):
         raise EmulatorError(f"{name}: format {code} of D does not exist for A and B of {' and '.join(factors)}")
     m, n = (bits >> 24 & 31) << 4, (bits >> 17 & 63) << 3
-    step = 8 if m == 64 or kind == "f16" else 16
-    if m not in (64, 128) or not 8 <= n <= 256 or n % step:
-        wanted = "M of 64 or 128 with cta_group::1, N from 8 to 256 in steps of 8 (16 for M = 128, 8 with kind::f16)"
+    step = 16 if kind == "f8f6f4" and bits >> 16 & 1 else 8
+    if m not in (64, 128) or not step <= n <= 256 or n % step:
+        wanted = "M of 64 or 128 with cta_group::1, N from 8 to 256 in steps of 8 (16 where B is MN-major, of 8 bits)"
         raise EmulatorError(f"{name}: M = {m}, N = {n}; possible: {wanted}")
     mn_major = bool(bits >> 15 & 1), bool(bits >> 16 & 1)
     if kind == "tf32" and any(mn_major):
@@ -126,22 +128,22 @@ class TensorCores:
         self.last: dict[int, Op] = {}  # of a thread
         self.open: dict[int, Completion] = {}  # of what a thread has issued since its last commit
         self.forms: dict[int, tuple[int, InstructionDescriptor, int]] = {}  # id of an op -> its accumulator
-        self.places: dict[tuple[int, int, int, bool], tuple[Array, list[tuple[int, int]]]] = {}
+        self.places: dict[tuple[int, int, int, int, bool], tuple[Array, list[tuple[int, int]]]] = {}
         self.entries: dict[tuple[int, int, int], Entry] = {}  # the latest that reads a range, by thread
         self.empty: dict[int, int] = {}  # thread -> PTX line of a commit of it that covers nothing
 
     def mma(
         self, lanes: Array, line: int, kind: str, address: Array, a: Array, b: Array, form: Array, add: Array,
-        from_tmem: bool,
+        from_tmem: bool, vector: int = 0, scales: tuple[Array, ...] = (),
     ) -> None:  # fmt: skip
         """tcgen05.mma of each of these threads. Arguments: one a lane, `form` the instruction descriptors.
 
-        from_tmem: `a` are addresses of tensor memory.
+        from_tmem: `a` are addresses of tensor memory. vector, scales: scale factors a row, addresses of A's and B's.
         """
         for i in range(len(lanes)):
-            values = [int(each[i if len(each) > 1 else 0]) for each in (address, a, b, form, add)]
+            values = [int(each[i if len(each) > 1 else 0]) for each in (address, a, b, form, add, *scales)]
             try:
-                self._start(int(lanes[i]), line, kind, values, from_tmem)
+                self._start(int(lanes[i]), line, kind, values, from_tmem, vector)
             except (KernelFault, UnsupportedInstruction):
                 raise  # of an operation, under the early schedule; of a field
             except EmulatorError as error:
@@ -149,27 +151,34 @@ class TensorCores:
             except LaneFault as error:
                 raise LaneFault(error.what, np.array([i])) from None
 
-    def _start(self, lane: int, line: int, kind: str, values: list[int], from_tmem: bool) -> None:
+    def _start(self, lane: int, line: int, kind: str, values: list[int], from_tmem: bool, vector: int) -> None:
         batch, tmem = self.batch, self.batch.tmem
-        address, a, b, bits, add = values
-        cta, form = int(batch.cta[lane]), decode_instruction(bits, kind)
+        address, a, b, bits, add, *scales = values
+        cta, form = int(batch.cta[lane]), decode_instruction(bits, kind, vector)
         reads: list[Span] = []
         places: list[Array] = []
         operands: list[Operand] = []
         sides = list(zip("AB", (form.m, form.n), (a, b), form.types, form.mn_major, strict=False))
         for what, rows, word, ty, major in sides[from_tmem:]:
-            place, ranges = self._place(word, what, rows, form.depth, BYTES[ty], major)
+            place, ranges = self._place(word, what, rows, form.depth, SIZES[ty], major)
             reads += [Span(cta, lo, hi) for lo, hi in ranges]
-            places.append(place + (cta * batch.shared.stride - SHARED_FIRST) // BYTES[ty])
-            operands.append(Operand(what, decode_tcgen05(word), rows, BYTES[ty], major))
+            places.append(place + (cta * batch.shared.stride - SHARED_FIRST) // SIZES[ty])
+            operands.append(Operand(what, decode_tcgen05(word), rows, SIZES[ty], major, ty))
             check_rank(operands[-1], cta % batch.cluster_size)
         if from_tmem:
             self._claim_a(lane, cta, a, form)
-        number = self._claim(lane, cta, address, form, bool(add))
         slab, column = tmem.slab(cta), address & 0xFFFF
+        factors: tuple[ScaleFactors, ...] = ()
+        if form.scales is not None:
+            factors = block_scale.scale_factors(form.scales, (form.m, form.n), (scales[0], scales[1]))
+            block_scale.claim(tmem, slab, lane, factors, range(column, column + form.n))
+        number = self._claim(lane, cta, address, form, bool(add))
         rows_of_d, columns = _rows(form.m, address >> 16), slice(column, column + form.n)
+        copies = [each for each in tmem.copying if each.lane != lane and int(batch.cta[each.lane]) == cta]
 
         def read() -> list[Array]:
+            for each in copies:  # of other threads, issued before
+                batch.engine.finish(each)
             tiles = batch.shared.tiles
             origin = cta * batch.shared.stride - SHARED_FIRST
             wrong = None if tiles is None else tiles.check(origin, form.depth, operands)
@@ -179,30 +188,43 @@ class TensorCores:
             taken = [self._take(place, side[3], side[0]) for place, side in zip(places, sides[from_tmem:], strict=True)]
             if from_tmem:
                 cells = slab.cells[_rows(form.m, a >> 16), a & 0xFFFF : (a & 0xFFFF) + _A_COLUMNS]
-                taken.insert(0, np.ascontiguousarray(cells).view(element_type(form.types[0])).T)
-            return taken
+                found = np.ascontiguousarray(cells).view(block_scale.container(form.types[0])).T
+                taken.insert(0, block_scale.of_containers(form.types[0], found))
+            return taken + [each.take(slab) for each in factors]
 
         def write(data: list[Array]) -> None:
             d = slab.cells[rows_of_d, columns]
             half = form.types[2] == "f16"
             total = (d & np.uint32(0xFFFF)).astype(np.uint16) if half else d
-            found = exact_dot(data[0], data[1], total if add else None, form.types, form.negative)
+            if kind in ("f16", "tf32"):
+                found = exact_dot(data[0], data[1], total if add else None, form.types, form.negative)
+            else:
+                left, right = (block_scale.values(form.types[i], data[i]) for i in (0, 1))
+                if factors:
+                    left, right = block_scale.scaled(left, data[2]), block_scale.scaled(right, data[3])
+                found = truncated_dot(left, right, total if add else None, form.types[2], form.negative)
             slab.cells[rows_of_d, columns] = found | np.uint32(0x7FFF0000) if half else found
 
-        before = self.last.get(lane)
         op = Op("tcgen05.mma", line, lane, reads, [], read, write)
+        entered = tmem.enter(op)
+        assert number == entered
+        if from_tmem:
+            tmem.slab(cta).readers[_strips(form.m, a >> 16), a & 0xFFFF : (a & 0xFFFF) + _A_COLUMNS] = number
+        block_scale.mark(slab, factors, number)
+        self.forms[number] = address, form, lane
+        self.start(op)
+
+    def start(self, op: Op) -> None:
+        """Issue an operation after those of its thread; a commit of the thread will tell of its end."""
+        lane = op.lane
+        before = self.last.get(lane)
         op.after = before if before is not None and before.state != DONE else None
         op.sources = op.results = self.open.setdefault(lane, Completion())
         op.sources.phases = op.sources.phases or []
-        tmem.products.append(op)
-        assert number == len(tmem.products)
-        if from_tmem:
-            tmem.slab(cta).readers[_strips(form.m, a >> 16), a & 0xFFFF : (a & 0xFFFF) + _A_COLUMNS] = number
-        self.forms[number] = address, form, lane
         self.last[lane] = op
-        batch.engine.issue(op)
+        self.batch.engine.issue(op)
         # A thread's operations end in order: of those that read one range only the last is of interest.
-        known = batch.engine.flight.entries[cta]
+        known = self.batch.engine.flight.entries[int(self.batch.cta[lane])]
         for entry in op.entries:
             key = (lane, entry.lo, entry.hi)
             old = self.entries.get(key)
@@ -220,13 +242,15 @@ class TensorCores:
         tmem.check_owned(slab, used, "tcgen05.mma", _ONE)
         for number in np.unique(slab.writers[strips, column : column + form.n]).tolist():
             # The ISA orders operations of one thread on one accumulator, of one shape and kind.
-            if number:
+            if number in tmem.copies:
+                tmem.check_copy(number, lanes, "tcgen05.mma", _ONE)
+            elif number:
                 at, other, issuer = self.forms[number]
-                alike = replace(other, negative=False, mn_major=(False, False)) == replace(
-                    form, negative=False, mn_major=(False, False)
+                alike = replace(other, negative=False, mn_major=(False, False), scales=None) == replace(
+                    form, negative=False, mn_major=(False, False), scales=None
                 )
                 if not (alike and at == address and issuer == lane):
-                    tmem.check_products(slab, strips, used, lanes, "tcgen05.mma", _ONE)
+                    tmem.check_products(slab, strips, used, lanes, "tcgen05.mma", _ONE, ordered=True)
                     break
         tmem.check_products(slab, strips, used, lanes, "tcgen05.mma", _ONE, True)
         tmem.check_accesses(slab, strips, used, lanes, "tcgen05.mma", ("ld", "st"), _ONE)
@@ -254,7 +278,7 @@ class TensorCores:
         slab, strips, lanes = tmem.slab(cta), _strips(form.m, first), np.array([lane])
         used = np.arange(_A_COLUMNS) + (address & 0xFFFF)
         tmem.check_owned(slab, used, "tcgen05.mma, matrix A", _ONE)
-        tmem.check_products(slab, strips, used, lanes, "tcgen05.mma, matrix A,", _ONE)
+        tmem.check_products(slab, strips, used, lanes, "tcgen05.mma, matrix A,", _ONE, ordered=True)
         tmem.check_accesses(slab, strips, used, lanes, "tcgen05.mma, matrix A", ("st",), _ONE)
         there = slab.defined[np.arange(128)[_rows(form.m, first)][:, None], used]
         if not there.all():
@@ -265,7 +289,7 @@ class TensorCores:
         self, word: int, what: str, rows: int, depth: int, size: int, mn_major: bool
     ) -> tuple[Array, list[tuple[int, int]]]:
         """(element addresses, byte ranges) of a matrix, which must lie in shared memory."""
-        key = (word, rows, size, mn_major)
+        key = (word, rows, depth, size, mn_major)
         if key not in self.places:
             d = decode_tcgen05(word)
             base = d.start & ~1023  # every pattern repeats after 1024 bytes
@@ -281,15 +305,19 @@ class TensorCores:
             self.places[key] = place + base // size, [(base + first, base + last) for first, last in ranges]
         return self.places[key]
 
-    def _take(self, place: Array, ty: str, what: str) -> Array:
+    def _take(self, place: Array, ty: str, what: str, by: str = "tcgen05.mma") -> Array:
         """The elements of a matrix, [depth, rows], which must have been written."""
-        k, shared = BYTES[ty].bit_length() - 1, self.batch.shared
+        if ty in PADDED:
+            low, high, shift = block_scale.padded_bytes(place, ty)
+            first, last = (self._take(each, "e4m3", what) for each in (low, high))
+            return block_scale.of_padded(first, last, shift, ty)
+        k, shared = SIZES[ty].bit_length() - 1, self.batch.shared
         written = shared.written[k].take(place)
         missing = written != written.dtype.type((0x1, 0x101, 0x1010101)[k])
         if missing.any():
             offset = (int(place[missing].min()) << k) % shared.stride + SHARED_FIRST
             raise LaneFault(
-                f"tcgen05.mma reads uninitialised shared memory: matrix {what} at shared offset {offset:#x}", _ONE
+                f"{by} reads uninitialised shared memory: matrix {what} at shared offset {offset:#x}", _ONE
             )
         found: Array = shared.views[k].take(place)
         return found

@@ -8,6 +8,10 @@ A box of b elements an axis, of which every s-th is taken, holds ceil(b / s) of 
 shared memory its rows (axis 0) lie one after the other, with a swizzle each in a pattern row of 32, 64 or 128 bytes,
 also where a row is shorter. The transaction counts the elements only, those outside the tensor too. All of this an H200
 has shown (`tests/conformance/results/tma.txt`).
+
+u4x16_p64 and u6x16_p32 are packed in global memory and padded in shared: 16 elements to 16 bytes, of which the first 8
+or 12 hold them and the others stay undefined. The transaction counts the packed bytes, as CUTLASS and Triton expect. No
+GPU has judged them.
 """
 
 from __future__ import annotations
@@ -23,17 +27,19 @@ from dsv4_rt.errors import EmulatorError
 NBYTES, ALIGN = 128, 64
 _MAGIC = b"dsv4_rt emulated tensor map\0"
 _HEAD = struct.Struct("<28s4xBBBBQ5I4Q5H5B")
-# dtype -> bits of an element, kind: u, s, f; as the PTX names them, u4x16: sixteen 4-bit numbers in 8 bytes.
+# dtype -> bits of an element, kind: u, s, f; as the PTX names them, u4x16: sixteen 4-bit numbers in 8 bytes; _p: padded
 DTYPES: dict[str, tuple[int, str]] = {
     "u8": (8, "u"), "u16": (16, "u"), "u32": (32, "u"), "s32": (32, "s"), "u64": (64, "u"), "s64": (64, "s"),
     "f16": (16, "f"), "f32": (32, "f"), "f64": (64, "f"), "bf16": (16, "f"), "tf32": (32, "f"), "u4x16": (4, "u"),
+    "u4x16_p64": (4, "u"), "u6x16_p32": (6, "u"),
 }  # fmt: skip
+PADDED = {"u4x16_p64": 8, "u6x16_p32": 12}  # bytes in use of 16
 SWIZZLES = {"none": 0, "32B": 32, "64B": 64, "128B": 128}  # bytes of the pattern's row
 FILLS = ("zero", "nan")
 _NAMES = tuple(DTYPES)
 # tensormap.replace.elemtype: the values of PTX that the emulator knows.
 _ELEMTYPES = {0: "u8", 1: "u16", 2: "u32", 3: "s32", 4: "u64", 5: "s64", 6: "f16", 7: "f32", 9: "f64", 10: "bf16",
-              11: "tf32"}  # fmt: skip
+              11: "tf32", 13: "u4x16", 14: "u4x16_p64", 15: "u6x16_p32"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,9 +71,14 @@ class TileMap:
         return tuple(-(-b // s) for b, s in zip(self.box, steps, strict=True))
 
     @cached_property
-    def row_bytes(self) -> int:
-        """Bytes of a box along axis 0."""
+    def packed_bytes(self) -> int:
+        """Bytes of a box along axis 0, in global memory."""
         return self.box[0] * self.bits // 8
+
+    @cached_property
+    def row_bytes(self) -> int:
+        """The same in shared memory."""
+        return self.box[0] if self.dtype in PADDED else self.packed_bytes
 
     @cached_property
     def rows(self) -> int:
@@ -83,7 +94,7 @@ class TileMap:
 
     @cached_property
     def transaction_bytes(self) -> int:
-        return self.rows * self.row_bytes
+        return self.rows * self.packed_bytes
 
 
 def encode(fields: Mapping[str, Any]) -> bytes:

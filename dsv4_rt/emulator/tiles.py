@@ -9,6 +9,8 @@ there, and a matrix that lies wholly in such pieces must be made of them in orde
     MN-major   the rows of the tile are the k: each k one row, the same for all pieces of one tile, none there twice
     A and B    both K-major, of tiles with rows of equal size: they begin at the same byte of these rows
 
+Elements of 4 and 6 bits lie packed or padded as the copy's type says, which must be what the product takes.
+
 A matrix with a piece of unknown origin is not looked at, nor one of a tile that came without a swizzle: its rows may
 have been permuted beforehand. That what one product takes from A belongs to what it takes
 from B beyond that (which tiles, which step of the loop) is not known here.
@@ -26,6 +28,7 @@ from dsv4_rt.emulator.descriptors import MatrixDescriptor, element_addresses
 
 Array = npt.NDArray[Any]
 PATTERN = 1024  # bytes after which every swizzle repeats
+_PADDED = {"e2m1": "u4x16_p64", "e2m3": "u6x16_p32", "e3m2": "u6x16_p32"}  # type of a factor -> of the copy it needs
 _ROW, _PIECE = 16, 40  # a mark is copy << 40 | row << 16 | piece
 
 
@@ -38,6 +41,7 @@ class Operand:
     rows: int
     size: int  # bytes an element
     mn_major: bool
+    ty: str = ""  # of its elements
 
 
 class Tiles:
@@ -45,10 +49,10 @@ class Tiles:
 
     def __init__(self, pieces: int) -> None:
         self.marks = np.zeros(pieces, np.int64)
-        self.copies: list[tuple[int, int]] = [(0, 0)]  # (PTX line, bytes of a row)
+        self.copies: list[tuple[int, int, str]] = [(0, 0, "")]  # (PTX line, bytes of a row, type)
         self.right: dict[tuple[int, int, int, bool], Array] = {}  # marks of a matrix less its first that are in order
 
-    def put(self, at: Array, line: int, row_bytes: int) -> None:
+    def put(self, at: Array, line: int, row_bytes: int, dtype: str = "") -> None:
         """A copy has written its pieces, row by row, to these places; row_bytes is 0 for a tile without a swizzle."""
         if not row_bytes:
             self.marks[at] = 0
@@ -56,7 +60,7 @@ class Tiles:
         pieces = np.arange(len(at))
         across = row_bytes // 16
         self.marks[at] = (len(self.copies) << _PIECE) + (pieces // across << _ROW) + pieces % across
-        self.copies.append((line, row_bytes))
+        self.copies.append((line, row_bytes, dtype))
 
     def forget(self, at: Array, size: int) -> None:
         """Accesses of `size` bytes, 16 at most, have written at these bytes."""
@@ -83,7 +87,10 @@ class Tiles:
             marks = self.marks.take((places + (base + origin)) >> 4)
             if not marks.all():
                 continue
-            line, row_bytes = self.copies[int(marks[0, 0]) >> _PIECE]
+            line, row_bytes, dtype = self.copies[int(marks[0, 0]) >> _PIECE]
+            odd = _packing(each, dtype)
+            if odd:
+                return line, odd
             form = (each.rows, depth, each.size, each.mn_major)
             step = marks - marks[0, 0]
             if form in self.right and np.array_equal(step, self.right[form]):
@@ -106,6 +113,17 @@ class Tiles:
                 f"matrices A and B take different k: A begins at byte {at[0]} of the rows of its tile, B at {at[1]}"
             )
         return None
+
+
+def _packing(operand: Operand, dtype: str) -> str:
+    """What is wrong with the packing of elements that a copy of a type brought."""
+    padded = _PADDED.get(operand.ty)
+    if not operand.ty or (dtype != "u4x16" and dtype not in _PADDED.values()) or dtype == padded:
+        return ""
+    if dtype == "u4x16" and not padded:
+        return ""  # bytes of two
+    wanted = f"{operand.ty} padded to bytes, as {padded} brings it" if padded else "bytes without padding"
+    return f"matrix {operand.name} lies in a tile of {dtype}, the product takes {wanted}"
 
 
 def _split(mark: int) -> str:

@@ -27,7 +27,7 @@ from dsv4_rt.emulator.async_ import Op, Span
 from dsv4_rt.emulator.copies import reduce
 from dsv4_rt.emulator.descriptors import swizzle
 from dsv4_rt.emulator.memory import SHARED_FIRST, LaneFault
-from dsv4_rt.emulator.tensormap import SWIZZLES, TileMap
+from dsv4_rt.emulator.tensormap import PADDED, SWIZZLES, TileMap
 from dsv4_rt.errors import EmulatorError, UnsupportedInstruction
 
 if TYPE_CHECKING:
@@ -96,6 +96,8 @@ def clip(m: TileMap, coords: tuple[int, ...], out: bool = False) -> Box:
     """
     if out and min(coords) < 0:
         raise _fault(f"the coordinates {coords} of a store: negative ones are for loads only")
+    if m.dtype in PADDED and coords[0] % 128:
+        raise _fault(f"the coordinate {coords[0]} of the contiguous axis, of {m.dtype}, is not a multiple of 128")
     if coords[0] * m.bits % 128:
         raise _fault(
             f"the coordinate {coords[0]} of the contiguous axis, of {m.dtype}, is {coords[0] * m.bits / 8:g} B, "
@@ -118,7 +120,7 @@ def clip(m: TileMap, coords: tuple[int, ...], out: bool = False) -> Box:
             shape.append((hi - lo) * bits // 8)
             strides.append(1)
             inside.append(slice(lo * bits // 8, hi * bits // 8))
-            box.append(m.row_bytes)
+            box.append(m.packed_bytes)
             extent = shape[0]
         else:
             stride = m.strides[axis - 1]
@@ -134,7 +136,7 @@ def clip(m: TileMap, coords: tuple[int, ...], out: bool = False) -> Box:
 
 
 def _box(m: TileMap) -> tuple[int, ...]:
-    return (*m.counts[:0:-1], m.row_bytes)
+    return (*m.counts[:0:-1], m.packed_bytes)
 
 
 def overlaps(tile: Box) -> bool:
@@ -165,6 +167,11 @@ def gather(batch: Batch, m: TileMap, tile: Box) -> Array:
         if m.dtype == "tf32":
             part = np.ascontiguousarray(found[tile.inside]).view(np.uint32)
             found[tile.inside] = to_tf32(part).view(np.uint8)
+    if m.dtype in PADDED:
+        used = PADDED[m.dtype]
+        padded = np.full((found.size // used, 16), 0xFF, np.uint8)
+        padded[:, :used] = found.reshape(-1, used)
+        return padded
     return found
 
 
@@ -238,6 +245,8 @@ def store(
         one = slice(i, i + 1)
         try:
             m = map_at(batch, int(tensor[i]), len(coords))
+            if m.dtype in PADDED:
+                raise UnsupportedInstruction(f"{kind}: a store of {m.dtype} is not implemented by the emulator")
             if op and m.dtype not in REDUCTIONS[op]:
                 raise _fault(f"{REDUCE}.{op} of {m.dtype}; it takes {', '.join(REDUCTIONS[op])}")
             tile = clip(m, _signed(coords, i), True)
@@ -357,9 +366,12 @@ def _fill(batch: Batch, cta: int, start: int, where: Chunks, data: Array, line: 
     shared, at = batch.shared, _places(batch, cta, start, where)
     shared.views[3].view(CHUNK)[at] = data.reshape(-1).view(CHUNK)
     if shared.tiles is not None:
-        shared.tiles.put(at, line, m.row_bytes if SWIZZLES[m.swizzle] else 0)
+        shared.tiles.put(at, line, m.row_bytes if SWIZZLES[m.swizzle] else 0, m.dtype)
     begin = cta * shared.stride + start - SHARED_FIRST
-    if where.whole:
+    if m.dtype in PADDED:
+        used = np.arange(16) < PADDED[m.dtype]
+        shared.written[3].reshape(-1, 2)[at] = used.astype(np.uint8).view(np.uint64)
+    elif where.whole:
         for lo, hi in where.runs:
             shared.written[3][begin + lo >> 3 : begin + hi >> 3] = _FULL
     else:

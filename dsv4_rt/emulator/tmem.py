@@ -9,6 +9,9 @@ base is 0 only when it must be, and hold NaN and the mark "undefined" until some
     16x256b     row l/4 + 8 (r/2%2), column r%2 + 2 (l%4) + 8 (r/4)
     16x32bx2    row l%16, column r, for l >= 16 further on by the immediate
 
+With pack::16b and unpack::16b column c stands for the low halves of the columns 2 c, the low half of a register, and
+2 c + 1, the high one; the immediate counts columns of tensor memory. The upper halves that st writes are NaN's.
+
 ld and st move their data at once; what makes them asynchronous is checked instead: until the warp's wait::ld or
 wait::st nobody may reuse what they touch, and the reuse must be ordered after that wait. Operations of the tensor core
 (`tcgen05.py`) are known by number; who touches what one writes must know of its commit's phase. Knowledge is kept for
@@ -43,8 +46,14 @@ REGISTERS = {"32x32b": 1, "16x64b": 1, "16x128b": 2, "16x256b": 4, "16x32bx2": 1
 
 
 @lru_cache(maxsize=256)
-def pattern(shape: str, count: int, split: int) -> tuple[Array, Array]:
-    """(TMEM lanes, columns) relative to the address, [registers, 32]."""
+def pattern(shape: str, count: int, split: int, packed: bool = False) -> tuple[Array, Array]:
+    """(TMEM lanes, columns) relative to the address, [registers, 32]; with `packed` a register is two columns."""
+    if packed and shape == "16x32bx2":
+        rows, columns = pattern(shape, count, 0)
+        return rows, 2 * columns + split * (np.arange(32) // 16)
+    if packed:
+        rows, columns = pattern(shape, count, split)
+        return rows, 2 * columns
     lane, r = np.arange(32)[None, :], np.arange(count)[:, None]
     zero = np.zeros((count, 32), I64)
     if shape == "32x32b":
@@ -72,6 +81,7 @@ class Slab:
         strips = LANES // STRIP, COLUMNS
         self.writers = np.zeros(strips, np.int32)  # number of the last operation that writes there
         self.readers = np.zeros(strips, np.int32)  # of the last that takes A from there
+        self.scale_readers = np.zeros(strips, np.int32)  # of the last that takes scale factors
         self.records = {"ld": np.zeros(strips, I64), "st": np.zeros(strips, I64)}  # the last of each
 
 
@@ -83,7 +93,22 @@ class TensorMemory:
         self.slabs: dict[int, Slab] = {}
         self.taken: dict[int, Array] = {}  # SM -> which of its columns are allocated
         self.products: list[Op] = []  # number - 1 -> operation
+        self.copies: dict[int, tuple[int, int]] = {}  # number of a tcgen05.cp -> tick of its issue, lane
+        self.copying: list[Op] = []  # copies that have not completed
         self.waits: dict[str, dict[int, list[int]]] = {"ld": {}, "st": {}}  # warp -> ticks of its wait::ld, wait::st
+
+    def enter(self, op: Op) -> int:
+        """Give an operation of the tensor core its number."""
+        self.products.append(op)
+        return len(self.products)
+
+    def enter_copy(self, op: Op) -> int:
+        """The same of a tcgen05.cp, issued now."""
+        number = self.enter(op)
+        self.copies[number] = self.batch.races.clock.tick(op.line), op.lane
+        self.batch.races.fresh = True
+        self.copying = [each for each in self.copying if each.state != DONE] + [op]
+        return number
 
     def slab(self, cta: int) -> Slab:
         """The tensor memory of a CTA of the batch."""
@@ -158,6 +183,7 @@ class TensorMemory:
             self.check_accesses(slab, everywhere, mine_columns, mine, "tcgen05.dealloc", ("ld", "st"), bad)
             slab.writers[:, base : base + count] = 0
             slab.readers[:, base : base + count] = 0
+            slab.scale_readers[:, base : base + count] = 0
             for records in slab.records.values():
                 records[:, base : base + count] = 0
             del slab.live[base]
@@ -198,24 +224,45 @@ class TensorMemory:
             )
 
     def check_products(
-        self, slab: Slab, strips: slice, columns: Array, lanes: Array, what: str, bad: Array, reader: bool = False
-    ) -> None:
-        """The operations of the tensor core that write there, or with `reader` take A, must be known to be complete."""
-        numbers = slab.readers if reader else slab.writers
-        for number in np.unique(numbers[strips][:, columns]).tolist():
-            if not number:
-                continue
-            op = self.products[number - 1]
-            if len(self.batch.engine.flight.unknown(op.results, lanes)):
-                state = "has not completed"
-                if op.state == DONE:
-                    state = "has completed, but this thread has not waited for its tcgen05.commit"
-                touched = "overwrites matrix A" if reader else "touches the accumulator"
-                raise LaneFault(
-                    f"{what} {touched} of an asynchronous tcgen05.mma that {state}, issued at"
-                    f"{self.batch.engine.place(op.line)}{self.batch.tensor_cores.strays(op.lane)}",
-                    bad,
-                )
+        self, slab: Slab, strips: slice, columns: Array, lanes: Array, what: str, bad: Array, reader: bool = False,
+        ordered: bool = False, but: int = -1,
+    ) -> None:  # fmt: skip
+        """The operations of the tensor core that write there, or with `reader` read, must be known to be complete.
+
+        ordered: a tcgen05.cp need only have been issued before, as for a product. but: a lane whose own do not count.
+        """
+        roles = [("overwrites matrix A", slab.readers), ("overwrites scale factors", slab.scale_readers)]
+        for touched, numbers in roles if reader else [("", slab.writers)]:
+            for number in np.unique(numbers[strips][:, columns]).tolist():
+                if not number:
+                    continue
+                op = self.products[number - 1]
+                if op.lane == but:
+                    continue
+                if ordered and number in self.copies:
+                    self.check_copy(number, lanes, what, bad)
+                elif len(self.batch.engine.flight.unknown(op.results, lanes)):
+                    state = "has not completed"
+                    if op.state == DONE:
+                        state = "has completed, but this thread has not waited for its tcgen05.commit"
+                    written = "touches what is written by" if number in self.copies else "touches the accumulator of"
+                    raise LaneFault(
+                        f"{what} {f'{touched} of' if reader else written} an asynchronous {op.kind} that {state}, "
+                        f"issued at{self.batch.engine.place(op.line)}{self.batch.tensor_cores.strays(op.lane)}",
+                        bad,
+                    )
+
+    def check_copy(self, number: int, lanes: Array, what: str, bad: Array) -> None:
+        """A product comes after the issue of a tcgen05.cp."""
+        tick, lane = self.copies[number]
+        if lane != int(lanes[0]) and len(
+            self.batch.races.pairs_unordered(lanes[:1], np.array([tick]), np.array([lane]))
+        ):
+            cta, thread = self.batch.thread(lane)
+            place = self.batch.engine.place(self.products[number - 1].line)
+            raise LaneFault(
+                f"{what}: nothing orders it after the tcgen05.cp of CTA {cta}, thread {thread}, issued at{place}", bad
+            )
 
     def check_accesses(
         self, slab: Slab, strips: slice, columns: Array, lanes: Array, what: str, kinds: tuple[str, ...], bad: Array
@@ -241,7 +288,9 @@ class TensorMemory:
 
     # tcgen05.ld, st and wait: whole warps.
 
-    def _place(self, what: str, mine: Array, address: int, shape: str, count: int, split: int, bad: Array) -> Any:
+    def _place(
+        self, what: str, mine: Array, address: int, shape: str, count: int, split: int, packed: bool, bad: Array
+    ) -> Any:
         """(slab, TMEM lanes, columns, strips, distinct columns) of a warp's access."""
         row, column = address >> 16, address & 0xFFFF
         warp = int(self.batch.tid[mine[0]]) >> 5
@@ -253,9 +302,9 @@ class TensorMemory:
                 f"{first} to {first + 31} only, and {shape} begins at {' or '.join(map(str, begins))}",
                 bad,
             )
-        rows, columns = pattern(shape, count, split)
+        rows, columns = pattern(shape, count, split, packed)
         slab = self.slab(int(self.batch.cta[mine[0]]))
-        used = np.unique(columns) + column
+        used = np.unique((columns, columns + packed)) + column
         self.check_owned(slab, used, what, bad)
         strips = slice(row // STRIP, row // STRIP + (2 if shape == "32x32b" else 1))
         return slab, rows + row, columns + column, strips, used
@@ -264,13 +313,15 @@ class TensorMemory:
         self.batch.races.fresh = True
         slab.records[kind][strips, columns] = self.batch.races.clock.tick(line) << _SHIFT | lane
 
-    def load(self, lanes: Array, line: int, address: Array, shape: str, count: int, split: int) -> list[Array]:
-        """tcgen05.ld: `count` registers, each over the lanes."""
+    def load(
+        self, lanes: Array, line: int, address: Array, shape: str, count: int, split: int, packed: bool = False
+    ) -> list[Array]:
+        """tcgen05.ld: `count` registers, each over the lanes; `packed`: of the low halves of two columns each."""
         what = f"tcgen05.ld.{shape}"
         found = np.empty((count, len(lanes)), U32)
         for at, mine, (where,) in self._warps(lanes, address):
             bad = np.arange(at, at + 32)
-            slab, rows, columns, strips, used = self._place(what, mine, where, shape, count, split, bad)
+            slab, rows, columns, strips, used = self._place(what, mine, where, shape, count, split, packed, bad)
             self.check_products(slab, strips, used, mine, what, bad)
             self.check_accesses(slab, strips, used, mine, what, ("st",), bad)
             there = slab.defined[strips.start * STRIP : strips.stop * STRIP, used].any(axis=0)
@@ -278,24 +329,32 @@ class TensorMemory:
                 column = int(used[~there][0])
                 raise LaneFault(f"{what} of undefined tensor memory: nothing has written column {column}", bad)
             found[:, at : at + 32] = slab.cells[rows, columns]
+            if packed:
+                high = slab.cells[rows, columns + 1]
+                found[:, at : at + 32] = found[:, at : at + 32] & U32(0xFFFF) | high << U32(16)
             self._record(slab, "ld", strips, used, int(mine[0]), line)
         self.batch.races.meet(lanes)
         return list(found)
 
     def store(
-        self, lanes: Array, line: int, address: Array, shape: str, count: int, split: int, values: list[Array]
-    ) -> None:
-        """tcgen05.st of `count` registers."""
+        self, lanes: Array, line: int, address: Array, shape: str, count: int, split: int, values: list[Array],
+        packed: bool = False,
+    ) -> None:  # fmt: skip
+        """tcgen05.st of `count` registers; `packed`: of both halves, to a column each."""
         what = f"tcgen05.st.{shape}"
         data = np.array(values)
         for at, mine, (where,) in self._warps(lanes, address):
             bad = np.arange(at, at + 32)
-            slab, rows, columns, strips, used = self._place(what, mine, where, shape, count, split, bad)
+            slab, rows, columns, strips, used = self._place(what, mine, where, shape, count, split, packed, bad)
             self.check_products(slab, strips, used, mine, what, bad)
             self.check_products(slab, strips, used, mine, what, bad, True)
             self.check_accesses(slab, strips, used, mine, what, ("ld",), bad)
-            slab.cells[rows, columns] = data[:, at : at + 32]
+            part = data[:, at : at + 32]
+            slab.cells[rows, columns] = part & U32(0xFFFF) | U32(POISON & ~0xFFFF) if packed else part
             slab.defined[rows, columns] = True
+            if packed:
+                slab.cells[rows, columns + 1] = part >> U32(16) | U32(POISON & ~0xFFFF)
+                slab.defined[rows, columns + 1] = True
             self._record(slab, "st", strips, used, int(mine[0]), line)
         self.batch.races.meet(lanes)
 

@@ -31,7 +31,7 @@ REDUCTIONS = {
     **dict.fromkeys(("and", "or", "xor"), ("u32", "s32", "u64")),
     **dict.fromkeys(("inc", "dec"), ("u32",)),
 }
-COPIED = [each for each in DTYPES if each != "u4x16"]
+COPIED = [each for each in DTYPES if "x16" not in each]  # sm_90a has no packed types
 
 
 @dataclass(frozen=True)

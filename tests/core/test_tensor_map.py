@@ -79,9 +79,14 @@ OWN_RULES = {
     "a box of another rank": ((8, 64), (64, 1), (64,), {}, r"box \(64,\) has 1 axes, the array 2"),
     "interleave": ((8, 8, 64), (512, 64, 1), (8, 8, 16), {"interleave": "16B"}, "interleave '16B' is not implemented"),
     "an atomicity": ((8, 64), (64, 1), (8, 64), {"swizzle": "128B_ATOM_32B"}, "swizzle '128B_ATOM_32B' is none of "),
-    "a dtype": ((8, 64), (64, 1), (8, 64), {"dtype": "u6x16_p32"}, "dtype 'u6x16_p32' is none of u8, "),
+    "a dtype": ((8, 64), (64, 1), (8, 64), {"dtype": "u6x16"}, "dtype 'u6x16' is none of u8, "),
     "a width": ((8, 64), (64, 1), (8, 64), {"dtype": "f32"}, "elements of 32 bits, of a uint8 array"),
     "half a byte": ((8, 63), (64, 1), (8, 24), {"dtype": "u4x16"}, "a row of the box has 12 B"),
+    "a box of padded elements": ((8, 64), (64, 1), (8, 64), {"dtype": "u4x16_p64"}, "takes boxes of 128 elements"),
+    "a row of padded elements": ((8, 64), (64, 1), (8, 128), {"dtype": "u6x16_p32"}, "a multiple of 128 of them"),
+    "a stride of padded elements": ((8, 64), (80, 1), (8, 128), {"dtype": "u4x16_p64"}, "that are multiples of 32 B"),
+    "a swizzle of padded elements": (
+        (8, 96), (96, 1), (8, 128), {"dtype": "u6x16_p32", "swizzle": "64B"}, "takes at most 64|takes swizzle 'none'"),
 }  # fmt: skip
 
 
@@ -133,6 +138,17 @@ def test_four_bit_elements_are_for_sm_100(emulator):
     assert (tiles.shape, tiles.row_bytes, tiles.transaction_bytes) == ((8, 128), 64, 512)
     assert len(tiles.encode(emulator)) == 128
     with pytest.raises(ArgumentError, match="sm_90a has no u4x16; a u8 map of the same bytes gives the same tile"):
+        tiles.encode(dsv4_rt.open_device("emulator:sm_90a"))
+
+
+@pytest.mark.parametrize(("dtype", "row"), [("u4x16_p64", 64), ("u6x16_p32", 96)])
+def test_padded_elements_are_for_sm_100(dtype, row, emulator):
+    import dsv4_rt
+
+    tiles = TensorMap(emulator.array(np.zeros((8, 2 * row), np.uint8)), (8, 128), dtype=dtype, swizzle="128B")
+    assert (tiles.shape, tiles.row_bytes, tiles.transaction_bytes) == ((8, 256), 128, 8 * row)
+    assert len(tiles.encode(emulator)) == 128
+    with pytest.raises(ArgumentError, match=f"sm_90a has no {dtype}"):
         tiles.encode(dsv4_rt.open_device("emulator:sm_90a"))
 
 

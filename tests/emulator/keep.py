@@ -3,8 +3,9 @@
     python tests/emulator/keep.py triton     # needs Triton, in the version named in pyproject.toml
     python tests/emulator/keep.py cccl       # needs nvidia-cuda-cccl, nvidia-cuda-runtime and NVRTC 13.0
 
-The kernels are those of triton_programs.py, triton_dots.py and cccl/*.cu. What compilers make of them is kept, so that
-the tests need neither, and so that a GPU can run the same PTX: its version is 9.0, which a driver of CUDA 13.0 loads.
+The kernels are those of triton_programs.py, triton_dots.py, triton_scaled.py and cccl/*.cu. What compilers make of them
+is kept, so that the tests need neither, and so that a GPU can run the same PTX: its version is 9.0, which a driver of
+CUDA 13.0 loads.
 A file's first line says what made it and from which source; a test compares that with the source. Paths and DWARF are
 left out.
 """
@@ -21,7 +22,7 @@ HERE = Path(__file__).parent
 KEPT = HERE / "kept"
 ARCHITECTURES = ("sm_90a", "sm_100a")
 CCCL = ("cub_blocks", "groups_atomics", "async_copies", "cluster_groups")
-TRITON_SOURCES = {"triton_programs": ARCHITECTURES, "triton_dots": ARCHITECTURES}
+TRITON_SOURCES = {"triton_programs": ARCHITECTURES, "triton_dots": ARCHITECTURES, "triton_scaled": ("sm_100a",)}
 TRITON = "3.9.0"  # as pyproject.toml names it: another version compiles to other programs
 PTX_VERSION = 90
 
@@ -36,7 +37,7 @@ def without_paths(ptx: str) -> str:
 
     def strings(match: re.Match[str]) -> str:
         data = bytes(int(each) for each in match[3].split(","))
-        at = re.search(rb"triton_(programs|dots)\.py", data)
+        at = re.search(rb"triton_(programs|dots|scaled)\.py", data)
         if at is None:
             return match[0]
         short = data[at.start() :]

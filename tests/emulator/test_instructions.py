@@ -35,6 +35,18 @@ ALONE = (
     "mov.u32 i, %tid.x; setp.eq.u32 t, i, 0; @t mbarrier.init.shared::cta.b64 [s+8], 1; "
     "@t mbarrier.arrive.expect_tx.shared::cta.b64 _, [s+8], 4; "
 )
+# 32 columns of tensor memory for warp 0 (q), from i on; 128 bytes of 0x1234s, their descriptor in o; t: thread 0.
+TMEM = (
+    "mov.u32 i, %tid.x; setp.lt.u32 q, i, 32; setp.eq.u32 t, i, 0; @t mbarrier.init.shared::cta.b64 [s+8], 1; "
+    "@q tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [s], 32; { .shared .align 128 .b8 m[128]; .reg .b32 j; "
+    "mov.u32 j, m; mad.lo.u32 j, i, 2, j; st.shared.u16 [j], c; fence.proxy.async; mov.u32 j, m; shr.u32 j, j, 4; "
+    "cvt.u64.u32 o, j; or.b64 o, o, 0x400000040000; } bar.sync 0; ld.shared.u32 i, [s]; "
+)
+COPIED = (
+    " @t tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [s+8]; "
+    "@q mbarrier.try_wait.parity.shared::cta.b64 u, [s+8], 0;"
+)
+FREED = " @q tcgen05.wait::ld.sync.aligned; @q tcgen05.dealloc.cta_group::1.sync.aligned.b32 i, 32;"
 WAITED = " @t mbarrier.try_wait.parity.shared::cta.b64 u, [s+8], 0; @t ld.shared.u32 R, [s];"
 
 # a = 100 (u32), b = -7 (s32), c = 0x80001234, x = 1.5, y = -2.25 (f32), w = 2^40 + 5 (u64), v = -3 (s64),
@@ -257,6 +269,18 @@ CASES = [
         ".add.u32 [s], 7, [s+8];" + WAITED,
         77,
     ),
+    (TMEM + "@q tcgen05.st.sync.aligned.32x32b.x1.unpack::16b.b32 [i], {c}; @q tcgen05.wait::st.sync.aligned; "
+     "@q tcgen05.ld.sync.aligned.32x32b.x1.pack::16b.b32 {R}, [i];" + FREED, 0x80001234),
+    (TMEM + "@q tcgen05.st.sync.aligned.16x64b.x1.unpack::16b.b32 [i], {c}; @q tcgen05.wait::st.sync.aligned; "
+     "@q tcgen05.ld.sync.aligned.32x32b.x1.b32 {R}, [i+1]; and.b32 R, R, 0xffff;" + FREED, 0x8000),
+    (TMEM + "@t tcgen05.cp.cta_group::1.32x128b.warpx4 [i], o;" + COPIED
+     + "@q tcgen05.ld.sync.aligned.32x32b.x1.b32 {R}, [i+3];" + FREED, 0x12341234),
+    (TMEM + "@t tcgen05.cp.cta_group::1.4x256b [i], o;" + COPIED
+     + "@q tcgen05.ld.sync.aligned.32x32b.x1.b32 {R}, [i+7];" + FREED, 0x12341234),
+    (TMEM + "@t tcgen05.cp.cta_group::1.4x256b.b8x16.b4x16_p64 [i], o;" + COPIED
+     + "@q tcgen05.ld.sync.aligned.32x32b.x1.b32 {R}, [i];" + FREED, 0x04080C10),
+    (TMEM + "@t tcgen05.cp.cta_group::1.warpx2::01_23.64x128b.b8x16.b6x16_p32 [i], o;" + COPIED
+     + "@q tcgen05.ld.sync.aligned.32x32b.x1.b32 {R}, [i];" + FREED, 0x0D010834),
     # Asynchronous copies and mbarriers: every thread executes the line.
     ("mbarrier.init.shared.b64 [s], 64; bar.sync 0; mbarrier.arrive.shared.b64 Q, [s];"
      "mbarrier.test_wait.shared::cta.b64 t, [s], Q; selp.u32 R, 1, 0, t;", 1),
