@@ -301,10 +301,12 @@ def _check_strips(
     """What else works on these cells must be known to be over; products alike of one thread follow one another."""
     tmem, forms = batch.tmem, batch.tensor_cores.forms
     for number in np.unique(slab.writers[strips][:, used]).tolist():
-        if number:
+        if number in tmem.copies:
+            tmem.check_copy(number, lanes, what, _ONE)
+        elif number:
             at, other, issuer = forms[number]
             if not (_shape(other) == _shape(form) and at == address and issuer == int(lanes[0])):
-                tmem.check_products(slab, strips, used, lanes, what, _ONE)
+                tmem.check_products(slab, strips, used, lanes, what, _ONE, ordered=True)
                 break
     tmem.check_products(slab, strips, used, lanes, what, _ONE, True)
     tmem.check_accesses(slab, strips, used, lanes, what, ("ld", "st"), _ONE)
@@ -321,7 +323,7 @@ def _claim_a(batch: Batch, lane: int, address: int, form: Form, held: list[Part]
         slab = tmem.slab(part.cta)
         tmem.check_owned(slab, used, what, _ONE)
         for strips in _runs(_strips(part.lanes)):
-            tmem.check_products(slab, strips, used, lanes, f"{what},", _ONE)
+            tmem.check_products(slab, strips, used, lanes, f"{what},", _ONE, ordered=True)
             tmem.check_accesses(slab, strips, used, lanes, what, ("st",), _ONE)
             slab.readers[strips, used[0] : used[-1] + 1] = number
         there = slab.defined[np.ix_(part.lanes, used)]
