@@ -136,6 +136,17 @@ class Columns:
         cta = int(batch.cta[lanes[0]])
         return cta & ~1
 
+    def check_leader(self, what: str, lanes: Array, bad: Array) -> None:
+        """What a thread issues for a pair, a thread of the even CTA must."""
+        cta = int(self.batch.cta[lanes[0]])
+        if cta != self.check_pair(what, lanes, bad):
+            rank = cta % self.batch.cluster_size
+            raise LaneFault(
+                f"{what} issued by the odd CTA of the pair, rank {rank} of the cluster; a thread of the even one, rank "
+                f"{rank - 1}, issues for both",
+                bad,
+            )
+
     def check_begun(self, what: str, lanes: Array, bad: Array) -> None:
         """Something must tell a CTA that the other one of its pair runs: a cluster barrier, or an mbarrier."""
         batch, races = self.batch, self.batch.races

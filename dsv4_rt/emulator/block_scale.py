@@ -11,6 +11,10 @@
 Scale factors lie in tensor memory, those of row r (m of A, n of B) in lane r%32, column r/32 of their address, byte
 `id` + j of the word the one of block j; all of it four times, once in each 32 lanes.
 
+Of a pair of CTAs each tensor memory holds the factors of its own rows of A, and those of all N columns of B. With
+M = 128, where its lanes 0 to 63 hold the first N/2 columns of D, they also hold the factors of these columns of B only,
+lanes 64 to 127 those of the others, each half twice.
+
 Narrow factors, as containers of 8 bits:
 
     shared memory, f8f6f4 and mxf8f6f4    16 elements to 16 bytes, packed from the lowest bit on, the rest is padding
@@ -19,7 +23,7 @@ Narrow factors, as containers of 8 bits:
 
 The positions inside a byte of tensor memory are pictures in the PTX ISA; what they show is taken from the text on
 mma.sync, which wants the same. The two upper bits of a scale factor's address are not looked at: CUTLASS keeps the id
-there.
+there. Where the factors of a pair lie is CUTLASS's (tmem_sf_frg, "2by2" for M = 128; the copies of a 2-SM kernel).
 
 Source: PTX ISA 9.0, "Instruction descriptor", "Block scaling", "Packing formats"; the padding in shared memory also by
 what Triton 3.9 compiles. No B200 has judged it.
@@ -187,40 +191,72 @@ class ScaleFactors:
     ty: str
     vector: int
     id: int
+    parts: int = 1  # that the rows come in; each has its own of the four partitions
+
+    @property
+    def each(self) -> int:
+        """Rows of a part."""
+        return self.rows // self.parts
 
     @property
     def columns(self) -> Array:
-        return np.arange(self.column, self.column - (-self.rows // PARTITION))
+        return np.arange(self.column, self.column - (-self.each // PARTITION))
 
     def cells(self) -> tuple[Array, Array]:
-        """(lane of the first copy, column) of each row."""
-        row = np.arange(self.rows)
+        """(lane of a partition, column) of each row of a part."""
+        row = np.arange(self.each)
         return row % PARTITION, self.column + row // PARTITION
 
-    def take(self, slab: Slab) -> Array:
-        """The factors, [blocks of k, rows], which all four partitions must hold alike."""
+    def codes(self, slab: Slab) -> Array:
+        """The bytes, [rows, blocks of k], which all partitions of a part must hold alike."""
         lane, column = self.cells()
         words = slab.cells.reshape(4, PARTITION, -1)[:, lane, column]
-        found = np.ascontiguousarray(words, "<u4").view(np.uint8).reshape(4, self.rows, 4)
+        found = np.ascontiguousarray(words, "<u4").view(np.uint8).reshape(self.parts, -1, self.each, 4)
         found = found[..., self.id : self.id + self.vector]
-        other = np.nonzero((found != found[0]).any(axis=(0, 2)))[0]
+        other = np.argwhere((found != found[:, :1]).any(axis=(1, 3)))
         if len(other):
-            row = int(other[0])
+            part, row = (int(at) for at in other[0])
+            copies = found[part, :, row]
+            first = len(copies) * part
+            among = "four 32-lane partitions" if self.parts == 1 else f"32-lane partitions {first} and {first + 1}"
             raise LaneFault(
-                f"tcgen05.mma: the scale factors of {self.name} differ among the four 32-lane partitions: those of row "
-                f"{row} are {', '.join(found[i, row].tobytes().hex(' ') for i in range(4))}; each needs a copy of all",
+                f"tcgen05.mma: the scale factors of {self.name} differ among the {among}: those of row "
+                f"{part * self.each + row} are {', '.join(copy.tobytes().hex(' ') for copy in copies)}; each needs a "
+                "copy of all",
                 _ONE,
             )
-        if self.ty == "ue4m3" and (found[0] & 0x80).any():
-            row = int(np.nonzero((found[0] & 0x80).any(axis=1))[0][0])
+        codes: Array = found[:, 0].reshape(self.rows, self.vector)
+        if self.ty == "ue4m3" and (codes & 0x80).any():
+            row = int(np.nonzero((codes & 0x80).any(axis=1))[0][0])
             raise LaneFault(
                 f"tcgen05.mma: a scale factor of {self.name}, row {row}, has its upper bit set: UE4M3 has no sign", _ONE
             )
-        return np.asarray(_table(self.ty)[found[0]].T)
+        return codes
+
+    def take(self, slab: Slab) -> Array:
+        """The factors, [blocks of k, rows]."""
+        return np.asarray(_table(self.ty)[self.codes(slab)].T)
 
 
-def scale_factors(form: ScaleForm, rows: tuple[int, int], addresses: tuple[int, int]) -> tuple[ScaleFactors, ...]:
-    """Where those of A and B lie; `rows`: of A and B in this CTA.
+def of_pair(factors: tuple[ScaleFactors, ...], slabs: list[Slab]) -> list[Array]:
+    """The factors of A and B of a pair, [blocks of k, rows]; both CTAs must hold the same of B."""
+    of_a, of_b = factors
+    codes = [of_b.codes(slab) for slab in slabs]
+    other = np.nonzero((codes[0] != codes[1]).any(axis=1))[0]
+    if len(other):
+        row = int(other[0])
+        raise LaneFault(
+            f"tcgen05.mma: the scale factors of B differ between the CTAs of the pair: those of row {row} are "
+            f"{' and '.join(each[row].tobytes().hex(' ') for each in codes)}; both need those of all columns of D",
+            _ONE,
+        )
+    return [np.concatenate([of_a.take(slab) for slab in slabs], axis=1), of_b.take(slabs[0])]
+
+
+def scale_factors(
+    form: ScaleForm, rows: tuple[int, int], addresses: tuple[int, int], parts: int = 1
+) -> tuple[ScaleFactors, ...]:
+    """Where those of A and B lie; `rows`: of A and B in this CTA, `parts`: that those of B come in.
 
     Raises:
         EmulatorError: an address does not name lane 0.
@@ -232,12 +268,14 @@ def scale_factors(form: ScaleForm, rows: tuple[int, int], addresses: tuple[int, 
             raise EmulatorError(
                 f"the address {address:#x} of the scale factors of {what} names TMEM lane {lane}; 0 is wanted"
             )
-        found.append(ScaleFactors(what, address & 0xFFFF, n, form.ty, form.vector, id_))
+        found.append(ScaleFactors(what, address & 0xFFFF, n, form.ty, form.vector, id_, parts if what == "B" else 1))
     return tuple(found)
 
 
-def claim(tmem: TensorMemory, slab: Slab, lane: int, factors: tuple[ScaleFactors, ...], taken: range) -> None:
-    """Check scale factors as of a product's issue; `taken`: the columns of its accumulator.
+def claim(
+    tmem: TensorMemory, slab: Slab, lane: int, factors: tuple[ScaleFactors, ...], taken: range, where: str = ""
+) -> None:
+    """Check scale factors as of a product's issue; `taken`: the columns of its accumulator, `where`: if elsewhere.
 
     Raises:
         LaneFault: they are not allocated, or not known to be there.
@@ -245,13 +283,13 @@ def claim(tmem: TensorMemory, slab: Slab, lane: int, factors: tuple[ScaleFactors
     """
     lanes = np.array([lane])
     for each in factors:
-        what, used = f"tcgen05.mma, scale factors of {each.name}", each.columns
+        what, used = f"tcgen05.mma, scale factors of {each.name}{where}", each.columns
         everywhere = slice(0, len(slab.writers))
         tmem.check_owned(slab, used, what, _ONE)
         both = [column for column in used.tolist() if column in taken]
         if both:
             raise EmulatorError(
-                f"the scale factors of {each.name} lie in columns {used[0]} to {used[-1]}, the accumulator in "
+                f"the scale factors of {each.name}{where} lie in columns {used[0]} to {used[-1]}, the accumulator in "
                 f"{taken.start} to {taken.stop - 1}"
             )
         tmem.check_products(slab, everywhere, used, lanes, what, _ONE, ordered=True)
@@ -261,8 +299,9 @@ def claim(tmem: TensorMemory, slab: Slab, lane: int, factors: tuple[ScaleFactors
         if not there.all():
             part, row = (int(at[0]) for at in np.nonzero(~there))
             raise EmulatorError(
-                f"the scale factors of {each.name} lie in undefined tensor memory: nothing has written lane "
-                f"{PARTITION * part + row % PARTITION}, column {int(column[row])} (row {row})"
+                f"the scale factors of {each.name}{where} lie in undefined tensor memory: nothing has written lane "
+                f"{PARTITION * part + row % PARTITION}, column {int(column[row])} (row "
+                f"{part * each.parts // 4 * each.each + row})"
             )
 
 

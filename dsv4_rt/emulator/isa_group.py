@@ -13,14 +13,16 @@ _MAX_SCALE = 15  # of scale-input-d, an exponent
 
 def is_wide(ins: Instr) -> bool:
     """Whether a tcgen05.mma is one of these."""
-    if "cta_group::2" in ins.mods or "ws" in ins.mods:
+    if "ws" in ins.mods:
         return True
-    return "block_scale" not in ins.mods and (len(ins.args) > 5 or any(isinstance(each, Vector) for each in ins.args))
+    if "block_scale" in ins.mods:
+        return False
+    return "cta_group::2" in ins.mods or len(ins.args) > 5 or any(isinstance(each, Vector) for each in ins.args)
 
 
 def wide_mma(e: Emitter, ins: Instr, m: Mods, paired: bool) -> None:
     """d, a, b, idesc, [mask,] accumulate [, scale-input-d]; with .ws the last is a zero-column mask."""
-    for mod, what in (("sp", "sparse matrices"), ("block_scale", "block scales with cta_group::2 or .ws")):
+    for mod, what in (("sp", "sparse matrices"), ("block_scale", "block scales with .ws")):
         if mod in ins.mods:
             raise m.refuse(f"{ins.name}: {what} are not implemented by the emulator")
     if "ashift" in ins.mods:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dsv4_rt.emulator import wide
 from dsv4_rt.emulator.block_scale import VECTORS
 from dsv4_rt.emulator.codegen import Emitter, Mods, handles
 from dsv4_rt.emulator.ir import Address, Instr, Number, Operand, Vector
@@ -47,9 +48,9 @@ def _tcgen05(e: Emitter, ins: Instr, m: Mods) -> None:
     elif kind == "mma" and is_wide(ins):
         wide_mma(e, ins, m, paired)
     elif kind == "mma":
-        _mma(e, ins, m)
+        _mma(e, ins, m, paired)
     elif kind == "cp":
-        _copy(e, ins, m)
+        _copy(e, ins, m, 2 if paired else 1)
     elif kind == "commit":
         m.flag("mbarrier::arrive::one")
         generic = not m.flag(*_SHARED)
@@ -90,7 +91,7 @@ def _move(e: Emitter, ins: Instr, m: Mods, loads: bool) -> None:
     e.emit(f"B.tmem.store({common}, [{names}], {packed})")
 
 
-def _mma(e: Emitter, ins: Instr, m: Mods) -> None:
+def _mma(e: Emitter, ins: Instr, m: Mods, paired: bool) -> None:
     """mma: B in shared memory, A there or in tensor memory, accumulator and scale factors in tensor memory."""
     for mod, what in (("ws", "weight-stationary products"), ("sp", "sparse matrices")):
         if m.flag(mod):
@@ -101,7 +102,7 @@ def _mma(e: Emitter, ins: Instr, m: Mods) -> None:
         raise m.refuse()
     m.flag("collector::a::discard", "collector::a::lastuse", "collector::a::fill", "collector::a::use")
     if kinds is _SCALED:
-        _scaled_mma(e, ins, m, kind)
+        _scaled_mma(e, ins, m, kind, paired)
         return
     if any(isinstance(each, Vector) for each in ins.args):
         raise m.refuse(f"{ins.name}: a disable-output-lane mask is not implemented by the emulator")
@@ -123,7 +124,7 @@ def _factors(e: Emitter, d: Operand, a: Operand, b: Operand, form: Operand, add:
     return f"{', '.join(operands)}, {from_tmem}"
 
 
-def _scaled_mma(e: Emitter, ins: Instr, m: Mods, kind: str) -> None:
+def _scaled_mma(e: Emitter, ins: Instr, m: Mods, kind: str, paired: bool) -> None:
     """mma with block scales: their addresses stand before the predicate."""
     sizes = VECTORS[kind]
     vector = sizes.get(m.choose("scale_vec::1X", "scale_vec::2X", "scale_vec::4X", "block16", "block32"))
@@ -134,13 +135,15 @@ def _scaled_mma(e: Emitter, ins: Instr, m: Mods, kind: str) -> None:
     d, a, b, form, scale_a, scale_b, add = ins.args
     operands = _factors(e, d, a, b, form, add)
     scales = ", ".join(address(e, each, "shared") for each in (scale_a, scale_b))
-    e.emit(f"B.tensor_cores.mma({e.lanes}, {ins.line}, {kind!r}, {operands}, {vector}, ({scales}))")
+    if paired:
+        e.namespace["wide"] = wide
+        e.emit(f"wide.scaled_mma(B, {e.lanes}, {ins.line}, {kind!r}, {operands}, {vector}, ({scales}))")
+    else:
+        e.emit(f"B.tensor_cores.mma({e.lanes}, {ins.line}, {kind!r}, {operands}, {vector}, ({scales}))")
 
 
-def _copy(e: Emitter, ins: Instr, m: Mods) -> None:
+def _copy(e: Emitter, ins: Instr, m: Mods, group: int) -> None:
     """cp: a descriptor in shared memory, an address in tensor memory."""
-    if "cta_group::2" in ins.mods:
-        raise m.refuse(f"{ins.name}: cta_group::2 is not implemented by the emulator")
     shape = m.choose(*{each.split(".")[0] for each in SHAPES})
     multicast = m.choose("warpx2::02_13", "warpx2::01_23", "warpx4")
     shape = f"{shape}.{multicast}" if multicast else shape
@@ -149,4 +152,4 @@ def _copy(e: Emitter, ins: Instr, m: Mods) -> None:
         raise m.refuse()
     e.check_set(ins.args[1], "an operand of tcgen05.cp")
     where, word = address(e, ins.args[0], "shared"), e.use(ins.args[1], "b64")
-    e.emit(f"tcgen05_cp.copy(B.tensor_cores, {e.lanes}, {ins.line}, {shape!r}, {source!r}, {where}, {word})")
+    e.emit(f"tcgen05_cp.copy(B.tensor_cores, {e.lanes}, {ins.line}, {shape!r}, {source!r}, {where}, {word}, {group})")

@@ -224,8 +224,8 @@ class TensorCores:
         self.last[lane] = op
         self.batch.engine.issue(op)
         # A thread's operations end in order: of those that read one range only the last is of interest.
-        known = self.batch.engine.flight.entries[int(self.batch.cta[lane])]
         for entry in op.entries:
+            known = self.batch.engine.flight.entries[entry.lo // self.batch.shared.stride]
             key = (lane, entry.lo, entry.hi)
             old = self.entries.get(key)
             if old is not None and old in known:

@@ -9,6 +9,9 @@ to lanes, and its 16 or 32 bytes to 4 or 8 columns, from the column of the addre
     64x128b.warpx2::01_23           lanes r + 32 (r/32), 32 further
     32x128b.warpx4                  lanes r, r + 32, r + 64, r + 96
 
+With cta_group::2 one thread of the even CTA issues, and each CTA of the pair copies from its own shared memory to its
+own tensor memory, at the same places.
+
 b8x16.b4x16_p64 and b8x16.b6x16_p32 make 16 bytes of 16 padded elements: what a product takes as containers from tensor
 memory (`block_scale.py`).
 
@@ -18,7 +21,7 @@ must know that those are complete. A thread's operations run in order here all t
 reported, unless the machine is told that copies are in order.
 
 Source: PTX ISA 9.0, "tcgen05.cp", "Pipelined tcgen05 instructions"; the lanes as CUTLASS gives them
-(copy_traits_sm100.hpp). No B200 has judged it.
+(copy_traits_sm100.hpp), whose 2-SM kernels also show whose shared memory a pair reads. No B200 has judged it.
 """
 
 from __future__ import annotations
@@ -61,13 +64,18 @@ def lanes_of(shape: str, first: int = 0) -> Array:
     return row + np.arange(0, 128, len(row))[:, None]
 
 
-def copy(cores: TensorCores, lanes: Array, line: int, shape: str, source: str, address: Array, word: Array) -> None:
-    """tcgen05.cp of each of these threads. Arguments: one a lane; `source` is "" or a key of SOURCES."""
+def copy(
+    cores: TensorCores, lanes: Array, line: int, shape: str, source: str, address: Array, word: Array, group: int = 1
+) -> None:
+    """tcgen05.cp of each of these threads, for so many CTAs.
+
+    Arguments: one a lane; `source` is "" or a key of SOURCES.
+    """
     for i in range(len(lanes)):
         where, bits = (int(each[i if len(each) > 1 else 0]) for each in (address, word))
         lane = int(lanes[i])
         try:
-            _start(cores, lane, line, shape, source, where, bits, int(cores.batch.cta[lane]))
+            _start(cores, lane, line, shape, source, where, bits, group)
         except (KernelFault, UnsupportedInstruction):
             raise  # of an operation, under the early schedule; of a field
         except EmulatorError as error:
@@ -77,50 +85,58 @@ def copy(cores: TensorCores, lanes: Array, line: int, shape: str, source: str, a
 
 
 def _start(
-    cores: TensorCores, lane: int, line: int, shape: str, source: str, address: int, word: int, cta: int
+    cores: TensorCores, lane: int, line: int, shape: str, source: str, address: int, word: int, group: int
 ) -> None:
-    """One copy, in shared and tensor memory of one CTA."""
+    """One copy, of every CTA of the group from its shared to its tensor memory."""
     batch, tmem = cores.batch, cores.batch.tmem
+    cta = int(batch.cta[lane])
+    if group == 2:
+        batch.columns.check_leader(f"{KIND}.cta_group::2", np.array([lane]), _ONE)
+    ctas = range(cta, cta + group)
     rows, width = SHAPES[shape]
     first, column = address >> 16, address & 0xFFFF
     if first >= (32 if shape == "4x256b" else 1):
         wanted = "0 to 31" if shape == "4x256b" else "0"
         raise EmulatorError(f"the address {address:#x} names TMEM lane {first}; {shape} wants {wanted}")
     place, ranges = cores._place(word, "source", rows, width, 1, False)
-    place = place + (cta * batch.shared.stride - SHARED_FIRST)
+    origins = [each * batch.shared.stride - SHARED_FIRST for each in ctas]
     operand = Operand("source", decode_tcgen05(word), rows, 1, False)
     check_rank(operand, cta % batch.cluster_size)
     to = lanes_of(shape, first)
     strips = slice(first // STRIP, 8, 2) if shape == "4x256b" else slice(0, 8)
     used = np.arange(column, column + width // 4)
-    slab, lanes = tmem.slab(cta), np.array([lane])
-    tmem.check_owned(slab, used, KIND, _ONE)
+    slabs, lanes = [tmem.slab(each) for each in ctas], np.array([lane])
     but = lane if batch.machine.copies_in_order else -1
-    tmem.check_products(slab, strips, used, lanes, KIND, _ONE, True, but=but)
-    tmem.check_products(slab, strips, used, lanes, KIND, _ONE, but=but)
-    tmem.check_accesses(slab, strips, used, lanes, KIND, ("ld", "st"), _ONE)
+    for what, slab in zip((KIND, f"{KIND}, in the other CTA of the pair,"), slabs, strict=False):
+        tmem.check_owned(slab, used, what, _ONE)
+        tmem.check_products(slab, strips, used, lanes, what, _ONE, True, but=but)
+        tmem.check_products(slab, strips, used, lanes, what, _ONE, but=but)
+        tmem.check_accesses(slab, strips, used, lanes, what, ("ld", "st"), _ONE)
 
-    def read() -> Array:
+    def take(origin: int) -> Array:
         tiles = batch.shared.tiles
-        origin = cta * batch.shared.stride - SHARED_FIRST
         wrong = None if tiles is None else tiles.check(origin, width, [operand])
         if wrong is not None:
             raise LaneFault(f"{KIND}: {wrong[1]}; the copy was issued at{batch.engine.place(wrong[0])}", _ONE)
         if not source:
-            return cores._take(place, "e4m3", "source", KIND)
-        low, high, shift = padded_bytes(place, SOURCES[source])
+            return cores._take(place + origin, "e4m3", "source", KIND)
+        low, high, shift = padded_bytes(place + origin, SOURCES[source])
         begins, ends = (cores._take(each, "e4m3", "source", KIND) for each in (low, high))
         codes = of_padded(begins, ends, shift, SOURCES[source])
         return codes << np.uint8(2) if source == "b4x16_p64" else codes
 
-    def write(data: Array) -> None:
-        words = np.ascontiguousarray(data.T).view("<u4")
-        slab.cells[to[:, :, None], used] = words
+    def read() -> list[Array]:
+        return [take(origin) for origin in origins]
 
-    op = Op(KIND, line, lane, [Span(cta, lo, hi) for lo, hi in ranges], [], read, write)
-    slab.defined[to[:, :, None], used] = True
+    def write(data: list[Array]) -> None:
+        for slab, part in zip(slabs, data, strict=True):
+            slab.cells[to[:, :, None], used] = np.ascontiguousarray(part.T).view("<u4")
+
+    op = Op(KIND, line, lane, [Span(each, lo, hi) for each in ctas for lo, hi in ranges], [], read, write)
     number = tmem.enter_copy(op)
-    slab.writers[strips, column : column + width // 4] = number
-    for records in slab.records.values():
-        records[strips, column : column + width // 4] = 0
+    for slab in slabs:
+        slab.defined[to[:, :, None], used] = True
+        slab.writers[strips, column : column + width // 4] = number
+        for records in slab.records.values():
+            records[strips, column : column + width // 4] = 0
     cores.start(op)

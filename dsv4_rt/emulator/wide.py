@@ -1,5 +1,7 @@
 """tcgen05.mma beyond one whole product of one CTA: of a pair of CTAs, weight-stationary, masked, with D scaled.
 
+Block scales, which only pairs have here, lie as `block_scale.py` has them.
+
     D[m, n] = sum_k A[m, k] B[n, k] + 2^-s D[m, n]
 
 A product is made of parts. Each is some TMEM lanes of one CTA that hold some rows and columns of D, from the column of
@@ -30,11 +32,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from dsv4_rt.emulator.async_ import DONE, Op, Span
+from dsv4_rt.emulator import block_scale
+from dsv4_rt.emulator.async_ import Op, Span
+from dsv4_rt.emulator.block_scale import SIZES, ScaleFactors
 from dsv4_rt.emulator.descriptors import decode_tcgen05
-from dsv4_rt.emulator.inflight import Completion
 from dsv4_rt.emulator.memory import SHARED_FIRST, LaneFault
-from dsv4_rt.emulator.mma import BYTES, element_type, exact_dot
+from dsv4_rt.emulator.mma import exact_dot, truncated_dot
 from dsv4_rt.emulator.tcgen05 import InstructionDescriptor, decode_instruction
 from dsv4_rt.emulator.tiles import Operand
 from dsv4_rt.emulator.tmem import LANES, STRIP, Slab
@@ -57,8 +60,13 @@ class Form(InstructionDescriptor):
     ws: bool = False
 
 
-def decode(bits: int, kind: str, group: int, ws: bool) -> Form:
-    """The instruction descriptor of a product of these modifiers: all fields but M and N are as without them."""
+def decode(bits: int, kind: str, group: int, ws: bool, vector: int = 0) -> Form:
+    """The instruction descriptor of a product of these modifiers: all fields but M and N are as without them.
+
+    vector: scale factors a row, 0 without block scales.
+    """
+    if vector:
+        return Form(*block_scale.decode(bits, kind, vector, group), group, ws)
     m, n = (bits >> 24 & 31) << 4, (bits >> 17 & 63) << 3
     if ws:
         fits, wanted = m in (32, 64, 128) and n in (64, 128, 256), "M of 32, 64 or 128 with .ws, N of 64, 128 or 256"
@@ -75,9 +83,6 @@ def decode(bits: int, kind: str, group: int, ws: bool) -> Form:
         found = decode_instruction(plain, kind)
     except EmulatorError as error:
         raise type(error)(str(error).replace(f"instruction descriptor {plain:#010x}", name)) from None
-    for ty in found.types[:2]:
-        if ty not in BYTES:
-            raise UnsupportedInstruction(f"{name}: {ty} is not implemented by the emulator with cta_group::2 or .ws")
     known = {each.name: getattr(found, each.name) for each in fields(found)}
     return Form(**known | {"m": m, "n": n, "group": group, "ws": ws})
 
@@ -130,21 +135,22 @@ def parts(form: Form, cta: int, first: int) -> list[Part]:
 
 def mma(
     batch: Batch, lanes: Array, line: int, kind: str, group: int, ws: bool, scale: int, values: tuple[Array, ...],
-    masks: tuple[Array, ...], from_tmem: bool,
+    masks: tuple[Array, ...], from_tmem: bool, vector: int = 0,
 ) -> None:  # fmt: skip
     """tcgen05.mma of each of these threads.
 
     Args:
         values: one a lane: addresses of D, A (a descriptor, or with `from_tmem` an address of tensor memory),
-            descriptors of B, instruction descriptors, whether to accumulate.
+            descriptors of B, instruction descriptors, whether to accumulate; of block scales, A's and B's addresses.
         masks: 32 bits each of the lanes that are not to change; none if all are.
         scale: D is divided by 2^scale before it is added to.
+        vector: scale factors a row, 0 without block scales.
     """
     for i in range(len(lanes)):
         mine = [int(each[i if len(each) > 1 else 0]) for each in values]
         bits = [int(each[i if len(each) > 1 else 0]) for each in masks]
         try:
-            _start(batch, int(lanes[i]), line, kind, group, ws, scale, mine, bits, from_tmem)
+            _start(batch, int(lanes[i]), line, kind, group, ws, scale, mine, bits, from_tmem, vector)
         except (KernelFault, UnsupportedInstruction):
             raise
         except EmulatorError as error:
@@ -153,22 +159,23 @@ def mma(
             raise LaneFault(error.what, np.array([i])) from None
 
 
+def scaled_mma(
+    batch: Batch, lanes: Array, line: int, kind: str, address: Array, a: Array, b: Array, form: Array, add: Array,
+    from_tmem: bool, vector: int, scales: tuple[Array, ...],
+) -> None:  # fmt: skip
+    """tcgen05.mma.cta_group::2 with block scales; the arguments are those of `TensorCores.mma`."""
+    mma(batch, lanes, line, kind, 2, False, 0, (address, a, b, form, add, *scales), (), from_tmem, vector)
+
+
 def _start(
     batch: Batch, lane: int, line: int, kind: str, group: int, ws: bool, scale: int, values: list[int],
-    mask: list[int], from_tmem: bool,
+    mask: list[int], from_tmem: bool, vector: int,
 ) -> None:  # fmt: skip
-    address, a, b, bits, add = values
+    address, a, b, bits, add, *scales = values
     cores, tmem, cta = batch.tensor_cores, batch.tmem, int(batch.cta[lane])
     if group == 2:
-        batch.columns.check_pair("tcgen05.mma.cta_group::2", np.array([lane]), _ONE)
-        if cta % 2:
-            rank = cta % batch.cluster_size
-            raise LaneFault(
-                f"tcgen05.mma.cta_group::2 issued by the odd CTA of the pair, rank {rank} of the cluster; a thread of "
-                f"the even one, rank {rank - 1}, issues for both",
-                _ONE,
-            )
-    form = decode(bits, kind, group, ws)
+        batch.columns.check_leader("tcgen05.mma.cta_group::2", np.array([lane]), _ONE)
+    form = decode(bits, kind, group, ws, vector)
     if scale and form.types[2] != "f32":
         what = "scale-input-d of f16 accumulators is not implemented by the emulator"
         raise UnsupportedInstruction(f"tcgen05.mma: {what}")
@@ -179,39 +186,62 @@ def _start(
     operands: list[Operand] = []
     for what, rows, word, ty, major in sides:
         rows //= group
-        place, ranges = cores._place(word, what, rows, form.depth, BYTES[ty], major)
-        operands.append(Operand(what, decode_tcgen05(word), rows, BYTES[ty], major))
+        place, ranges = cores._place(word, what, rows, form.depth, SIZES[ty], major)
+        operands.append(Operand(what, decode_tcgen05(word), rows, SIZES[ty], major, ty))
         check_rank(operands[-1], cta % batch.cluster_size)
         for each in ctas:
             reads += [Span(each, lo, hi) for lo, hi in ranges]
-            places.append((place + (each * batch.shared.stride - SHARED_FIRST) // BYTES[ty], ty, what))
+            places.append((place + (each * batch.shared.stride - SHARED_FIRST) // SIZES[ty], ty, what))
     mine = parts(form, cta, address >> 16)
     off = np.unpackbits(np.array(mask, "<u4").view(np.uint8), bitorder="little").astype(np.bool_)
     number = len(tmem.products) + 1
+    held_a = parts(form, cta, a >> 16) if from_tmem else []
     if from_tmem:
-        _claim_a(batch, lane, a, form, parts(form, cta, a >> 16), number)
+        _claim_a(batch, lane, a, form, held_a, number)
     on = [~off[(p.cta - cta) * LANES + p.lanes] if mask else np.ones(len(p.lanes), np.bool_) for p in mine]
+    factors: tuple[ScaleFactors, ...] = ()
+    slabs = [tmem.slab(each) for each in ctas]
+    if form.scales is not None:
+        shape, halves = (form.m // group, form.n), form.n // mine[0].width
+        factors = block_scale.scale_factors(form.scales, shape, (scales[0], scales[1]), halves)
+        taken = range(address & 0xFFFF, (address & 0xFFFF) + mine[0].width)
+        for where, slab in zip(("", ", in the other CTA of the pair,"), slabs, strict=True):
+            block_scale.claim(tmem, slab, lane, factors, taken, where)
     _claim(batch, lane, address, form, bool(add), mine, on, number)
+    for slab in slabs:
+        block_scale.mark(slab, factors, number)
     column, column_of_a = address & 0xFFFF, a & 0xFFFF
+    copies = [each for each in tmem.copying if each.lane != lane and int(batch.cta[each.lane]) in ctas]
+
+    def values_of(side: int, codes: Array) -> Array:
+        return codes if kind in ("f16", "tf32") else block_scale.values(form.types[side], codes)
 
     def read() -> list[list[Array]]:
+        for each in copies:  # of other threads, issued before
+            batch.engine.finish(each)
         tiles = batch.shared.tiles
-        for each in ctas if tiles is not None else ():
+        for at in ctas if tiles is not None else ():
             assert tiles is not None
-            wrong = tiles.check(each * batch.shared.stride - SHARED_FIRST, form.depth, operands)
+            wrong = tiles.check(at * batch.shared.stride - SHARED_FIRST, form.depth, operands)
             if wrong is not None:
                 place = batch.engine.place(wrong[0])
                 raise LaneFault(f"tcgen05.mma: {wrong[1]}; the copy was issued at{place}", _ONE)
         taken = [cores._take(place, ty, what) for place, ty, what in places]
-        right = np.concatenate(taken[-group:], axis=1)
-        if not from_tmem:
-            left = np.concatenate(taken[:group], axis=1)
-            return [[left[:, part.m], right[:, part.n]] for part in mine]
-        found = []
-        for part, held in zip(mine, parts(form, cta, a >> 16), strict=True):
-            cells = tmem.slab(part.cta).cells[held.lanes, column_of_a : column_of_a + _A_COLUMNS]
-            found.append([np.ascontiguousarray(cells).view(element_type(form.types[0])).T, right[:, part.n]])
-        return found
+        right = values_of(1, np.concatenate(taken[-group:], axis=1))
+        lefts = []
+        if from_tmem:
+            for part, held in zip(mine, held_a, strict=True):
+                cells = tmem.slab(part.cta).cells[held.lanes, column_of_a : column_of_a + _A_COLUMNS]
+                codes = np.ascontiguousarray(cells).view(block_scale.container(form.types[0])).T
+                lefts.append(values_of(0, block_scale.of_containers(form.types[0], codes)))
+        else:
+            left = values_of(0, np.concatenate(taken[:group], axis=1))
+            lefts = [left[:, part.m] for part in mine]
+        if factors:
+            of_a, of_b = block_scale.of_pair(factors, slabs)
+            right = block_scale.scaled(right, of_b)
+            lefts = [block_scale.scaled(left, of_a[:, part.m]) for left, part in zip(lefts, mine, strict=True)]
+        return [[left, right[:, part.n]] for left, part in zip(lefts, mine, strict=True)]
 
     def write(data: list[list[Array]]) -> None:
         half = form.types[2] == "f16"
@@ -221,32 +251,18 @@ def _start(
             total = (cells[at] & np.uint32(0xFFFF)).astype(np.uint16) if half else cells[at]
             if scale:
                 total = (total.view(np.float32) * np.float32(2.0**-scale)).view(np.uint32)
-            found = exact_dot(left[:, changed], right, total if add else None, form.types, form.negative)
+            start = total if add else None
+            if kind in ("f16", "tf32"):
+                found = exact_dot(left[:, changed], right, start, form.types, form.negative)
+            else:
+                found = truncated_dot(left[:, changed], right, start, form.types[2], form.negative)
             cells[at] = found | np.uint32(0x7FFF0000) if half else found
 
     cores.forms[number] = address, form if group == 2 or ws else _plain(form), lane
-    _issue(batch, Op("tcgen05.mma", line, lane, reads, [], read, write), number)
-
-
-def _issue(batch: Batch, op: Op, number: int) -> None:
-    """Queue a product, the number-th of the batch, behind what its thread has issued before."""
-    cores, lane = batch.tensor_cores, op.lane
-    before = cores.last.get(lane)
-    op.after = before if before is not None and before.state != DONE else None
-    op.sources = op.results = cores.open.setdefault(lane, Completion())
-    op.sources.phases = op.sources.phases or []
-    batch.tmem.products.append(op)
-    assert number == len(batch.tmem.products)
-    cores.last[lane] = op
-    batch.engine.issue(op)
-    # A thread's operations end in order: of those that read one range only the last is of interest.
-    for entry in op.entries:
-        known = batch.engine.flight.entries[entry.lo // batch.shared.stride]
-        key = (lane, entry.lo, entry.hi)
-        old = cores.entries.get(key)
-        if old is not None and old in known:
-            known.remove(old)
-        cores.entries[key] = entry
+    op = Op("tcgen05.mma", line, lane, reads, [], read, write)
+    entered = tmem.enter(op)
+    assert number == entered
+    cores.start(op)
 
 
 def _strips(lanes: Array) -> Array:

@@ -220,11 +220,12 @@ class Tcgen05Form:
     product: Product | None = None
     shape: tuple[str, int, int] = ("", 0, 0)  # of a move: shape, registers, split; of a copy: shape and what it expands
     note: str = ""  # what is not certain of it
+    paired: bool = False  # a copy for both CTAs of a pair
 
     @property
     def group(self) -> int:
-        """CTAs that compute one D."""
-        return self.product.group if self.product else 1
+        """CTAs that one instruction is for."""
+        return self.product.group if self.product else 1 + self.paired
 
 
 def _product(label: str, product: Product, family: str = "mma", note: str = "") -> Tcgen05Form:
@@ -360,6 +361,14 @@ def _scaled() -> list[Tcgen05Form]:
         add("", kind, ty, ty, 48, vector, from_tmem=True)
     for majors in ((0, 1), (1, 0)):
         add("", "mxf8f6f4", "e4m3", "e5m2", 64, 1, majors=majors)
+    pair = {"commit": "pair", "group": 2}
+    for m, n in ((128, 160), (256, 80)):
+        add(" pair", "mxf4nvf4", "e2m1x2", "e2m1x2", n, 4, m, scale_type="ue4m3", **pair)
+        add(" pair ids 2 0", "mxf4", "e2m1x2", "e2m1x2", 32, 2, m, ids=(2, 0), **pair)
+        add(" pair negate 10", "mxf8f6f4", "e5m2", "e3m2", 64, 1, m, majors=(1, 0), negate=(1, 0), **pair)
+        add(" pair", "mxf8f6f4", "e4m3", "e4m3", 48, 1, m, from_tmem=True, **pair)
+    add(" pair 2 steps", "mxf4nvf4", "e2m1x2", "e2m1x2", 256, 2, 256, steps=2, **pair)
+    add(" pair", "f8f6f4", "e2m3", "e2m1", 32, 0, 128, **pair)
     return found
 
 
@@ -368,16 +377,23 @@ def _copies() -> list[Tcgen05Form]:
     found = []
     kinds = [(shape, "") for shape in COPIES]
     kinds += [(shape, source) for shape in ("128x128b", "32x128b.warpx4") for source in ("b4x16_p64", "b6x16_p32")]
-    for number, (shape, source) in enumerate(kinds):
+    everyone = [(number, *kind, paired) for paired in (False, True) for number, kind in enumerate(kinds)]
+    for number, shape, source, paired in everyone:
         name = f"{shape}{f'.b8x16.{source}' if source else ''}"
-        body = f"""    if (t == 0) {{
+        body = f"""    if (t == 0{" && cta % 2 == 0" if paired else ""}) {{
         asm volatile("tcgen05.cp." GROUP ".{name} [%0], %1;" :: "r"(base), "l"(placed(table[0], pool)) : "memory");
-        commit(&bars[0]);
+        {"commit_to(&bars[0], 3)" if paired else "commit(&bars[0])"};
     }}
     barrier_wait(shared_address(&bars[0]));
     asm volatile("tcgen05.fence::after_thread_sync;" ::: "memory");"""
-        source_text = KERNEL % {"cluster": "", "sync": "", "name": "ENTRY", "count": 1, "body": body}
-        found.append(Tcgen05Form(f"cp {name}", "copy", source_text, 8, shape=(name, number, 0)))
+        fill = {"cluster": "__cluster_dims__(2)" if paired else "", "sync": "cluster_sync();" if paired else ""}
+        source_text = KERNEL % {**fill, "name": "ENTRY", "count": 1, "body": body}
+        found.append(
+            Tcgen05Form(
+                f"cp {name}{' pair' if paired else ''}", "copy", source_text, 8, cluster=1 + paired,
+                shape=(name, number, 0), paired=paired,
+            )
+        )  # fmt: skip
     return found
 
 
@@ -550,8 +566,15 @@ def inputs(form: Tcgen05Form, seed: int = SEED) -> dict[str, np.ndarray]:
         cells[place] = cells[place] & np.uint32(0xFFFF0000) | start if d == "f16" else start
         if p.from_tmem:
             there = _elements(seed, f"{form.name} T{i}", a, 128 * 128, manner)
-            cells[:, p.a_column : p.a_column + 32] = there.view(np.uint32).reshape(128, 32)
+            there = there.view(np.uint32).reshape(128, 32)
+            if p.group == 2 and p.m == 128:
+                there[64:] = there[:64]  # both halves of the lanes take these rows
+            cells[:, p.a_column : p.a_column + 32] = there
         if p.vector:
             there = _scales(seed, f"{form.name} S{i}", p, manner, form.columns - p.scale_column)
+            for half in (0, 64) if p.group == 2 else ():  # of B: in both CTAs, of M = 128 in the lanes of its D
+                name = f"{form.name} S{i // 2} B{half if p.m == 128 else 0}"
+                same = _scales(seed, name, p, manner, form.columns - p.scale_column - 16)
+                there[half : half + 64, 16:] = same[:64]
             cells[:, p.scale_column :] = there
     return found | {"table": table, "image": image}

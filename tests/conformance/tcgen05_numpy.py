@@ -61,7 +61,8 @@ def elements(form: Tcgen05Form, data: dict[str, np.ndarray], team: int, step: in
         for cta in ctas:
             if side == 0 and p.from_tmem:
                 at = p.a_column + 8 * step
-                there = data["before"][cta][p.cells[1][:, 0], at : at + 8]
+                mine = p.cells[0][:, 0] == cta - ctas[0]
+                there = data["before"][cta][p.cells[1][mine, 0], at : at + 8]
                 part = np.ascontiguousarray(there).view(f"u{size}")
                 part = part >> 2 & 15 if ty == "e2m1" else part
             else:
@@ -83,9 +84,16 @@ def scales(form: Tcgen05Form, data: dict[str, np.ndarray], team: int, step: int)
     if not p.vector:
         return np.ones((p.m, p.depth)), np.ones((p.n, p.depth))
     found = []
-    for rows, first, id_ in zip((p.m, p.n), (4 * step, 16 + 8 * step), p.ids, strict=True):
+    for side, (rows, first, id_) in enumerate(zip((p.m, p.n), (4 * step, 16 + 8 * step), p.ids, strict=True)):
         row = np.arange(rows)
-        words = data["before"][team][row % 32, p.scale_column + first + row // 32]
+        cta = lane = 0 * row
+        if p.group == 2 and side == 0:  # each CTA has those of its own half
+            cta, row = divmod(row, rows // 2)
+        elif p.group == 2 and p.m == 128:  # and here those of half the columns of D lie beside these
+            half, row = divmod(row, rows // 2)
+            lane = 64 * half
+        at = team * p.group + cta, lane + row % 32, p.scale_column + first + row // 32
+        words = data["before"][at]
         part = np.ascontiguousarray(words).view(np.uint8).reshape(rows, 4)[:, id_ : id_ + p.vector]
         found.append(np.repeat(decode(p.scale_type, part), p.depth // p.vector, axis=1))
     return found[0], found[1]
@@ -137,7 +145,8 @@ def copied(form: Tcgen05Form, data: dict[str, np.ndarray]) -> np.ndarray:
     }.get(shape, [row + i for i in range(0, 128, rows)])  # fmt: skip
     after = data["before"].copy()
     for cta in range(form.ctas):
-        at, image = addresses(int(data["table"][cta, 0]), rows, 0, 1, width), data["image"][cta]
+        issuer = cta // form.group * form.group
+        at, image = addresses(int(data["table"][issuer, 0]), rows, 0, 1, width), data["image"][cta]
         if source:
             part = _unpadded(image, at, int(source[1]))
             part = part << 2 if source[1] == "4" else part

@@ -1,4 +1,4 @@
-"""The kernel of scaled/ with a run that compares it with NumPy, as blackwell_kernels.py has them for blackwell/."""
+"""The kernels of scaled/, each with a run that compares it with NumPy, as blackwell_kernels.py has others."""
 
 from pathlib import Path
 
@@ -11,7 +11,9 @@ from dsv4_rt.launch import load as load_kernel
 from dsv4_rt.tensor_map import TensorMap
 
 HERE = Path(__file__).parent
-SOURCES = (*(HERE / "scaled").iterdir(), HERE / "blackwell" / "blackwell.cuh", HERE / "hopper" / "hopper.cuh")
+COMMON = (HERE / "scaled" / "scaled.cuh", HERE / "blackwell" / "blackwell.cuh", HERE / "hopper" / "hopper.cuh")
+SOURCES = (HERE / "scaled" / "gemm_scaled.cu", *COMMON)
+PAIR = (HERE / "scaled" / "gemm_pair_scaled.cu", HERE / "scaled" / "pair_scaled.cuh", HERE / "blackwell" / "pair.cuh")
 # Factor -> code in the instruction descriptor, type of the tensor map.
 FORMATS = {
     "e4m3": (0, None), "e5m2": (1, None), "e2m3": (3, "u6x16_p32"), "e3m2": (4, "u6x16_p32"), "e2m1": (5, "u4x16_p64"),
@@ -20,9 +22,9 @@ FORMATS = {
 KINDS = {"F8": (0, "", 32, 0), "MXF8": (32, "ue8m0", 32, 1), "MXF4": (32, "ue8m0", 64, 2), "NVF4": (16, "ue4m3", 64, 4)}
 
 
-def loader(folder, *edits):
+def loader(folder, *edits, sources=SOURCES):
     """Load kernels from a copy of the sources in `folder`, in which the first of each pair (once) is the second."""
-    texts = {path.name: path.read_text() for path in SOURCES}
+    texts = {path.name: path.read_text() for path in sources}
     for old, new in edits:
         assert sum(text.count(old) for text in texts.values()) == 1, old
         texts = {name: text.replace(old, new) for name, text in texts.items()}
@@ -97,3 +99,23 @@ def run_gemm_scaled(
     assert np.isfinite(got).all()
     assert (np.abs(got - want) <= -(-K // depth) * 2.0**-23 * size).all()
     return got, want
+
+
+def run_gemm_pair_scaled(device, load, rng, M=300, N=100, K=608, tile=64, stages=2, ctas=2):
+    """nvfp4 by pairs of CTAs."""
+    maps, scale_maps, values = [], [], []
+    for rows, box in ((M, 128), (N, tile // 2)):
+        codes, value = factor(rng, "e2m1", rows, K)
+        maps.append(TensorMap(device.array(formats.e2m1_pack(codes)), box=(box, 128), swizzle="128B"))
+        codes, each = scales(rng, "ue4m3", rows, -(-K // 16))
+        packed = formats.interleave_128x4(codes).view(np.uint32).reshape(-(-rows // 128), -(-K // 64), 128)
+        scale_maps.append(TensorMap(device.array(packed), box=(1, 4, 128)))
+        values.append(value.astype(np.float64) * np.repeat(each.astype(np.float64), 16, axis=1)[:, :K])
+    kernel = load("gemm_pair_scaled.cu", f"gemm_pair_scaled<{tile}, {stages}>")
+    c = poisoned(device, M, N)
+    shared = stages * ((128 + tile // 2) * 128 + 4096) + 1024
+    kernel.launch(ctas, 192, *maps, *scale_maps, c, np.int32(M), np.int32(N), np.int32(K), shared=shared)
+    got, want = device.numpy(c), values[0] @ values[1].T
+    size = np.abs(values[0]) @ np.abs(values[1]).T  # the bound is that of run_gemm_scaled
+    assert np.isfinite(got).all()
+    assert (np.abs(got - want) <= -(-K // 64) * 2.0**-23 * size).all()

@@ -388,7 +388,6 @@ def test_instruction_descriptors():
         ("tcgen05.mma.cta_group::1.kind::mxf4 [r], d, d, r, p;", "is not implemented"),
         ("tcgen05.mma.sp.cta_group::1.kind::mxf4.block_scale [r], d, d, [r], r, [r], [r], p;", "sparse matrices"),
         ("tcgen05.cp.cta_group::1.64x128b [r], d;", "is not implemented"), ("tcgen05.cp.cta_group::1.32x128b.warpx4.b8x16 [r], d;", "is not implemented"),
-        ("tcgen05.cp.cta_group::2.128x256b [r], d;", "cta_group::2"),
     ],
 )  # fmt: skip
 def test_is_refused_by_name(line, message):
