@@ -94,6 +94,35 @@ def test_planted_bug_is_reported(name, completion, rng, tmp_path):
     assert not at or any(part in line for part in at.split("|") for line in named), text
 
 
+COPIES = f"""                for (int w = 0; w < 4; ++w) {{
+                    {SFB_COPY}
+                    {SFA_COPY}
+                }}
+"""
+ANOTHER = f"""    }} else if (warp == 5 && lane == 1 && rank == 0) {{
+        int i = 0;
+        for (int t = pair; t < tiles; t += pairs)
+            for (int k = 0; k < steps; ++k, ++i) {{
+                const u32 stage = ring + i % STAGES * STAGE, sfb = sums + TN + i % STAGES * 32, sfa = sfb + 16;
+{FULL}{COPIES}                {FREE};
+                if (k == steps - 1) pair_commit(shared_address(&done), 0b11);
+                __syncwarp(3);
+            }}
+{LAST}"""
+INITS = [(f"mbarrier_init(shared_address(&{each}), 1)", f"mbarrier_init(shared_address(&{each}), 2)") for each in ("empty[s]", "done")]
+
+
+@all_schedules
+def test_copies_by_another_thread(completion, rng, tmp_path):
+    """Right if an order that both threads know puts them before the product, and their own thread commits."""
+    meets = [(COPIES, "                __syncwarp(3);\n"), (LAST, ANOTHER), *INITS]
+    with emulated(completion, rng) as device:
+        run_gemm_pair_scaled(device, load(tmp_path, *meets), rng)
+    alone = [(COPIES, ""), (LAST, ANOTHER.replace("                __syncwarp(3);\n", "")), *INITS]
+    with emulated(completion, rng) as device, pytest.raises(KernelFault, match="nothing orders it after the tcgen05.cp of|undefined"):
+        run_gemm_pair_scaled(device, load(tmp_path, *alone), rng)
+
+
 # Single products of e4m3 by scales that tcgen05.st writes: 1 where nothing else is said.
 
 SFA, SFB, ONES = 100, 110, "0x7f7f7f7fu"
