@@ -2,14 +2,17 @@
 """Block scales and copies into tensor memory for pairs of CTAs: an nvfp4 GEMM, single instructions, bugs in both."""
 
 import re
+import subprocess
 
 import numpy as np
 import pytest
 from asynchronous import all_schedules
 from programs import ORDERS
 from scaled_kernels import COMMON, PAIR, loader, run_gemm_pair_scaled
+from test_block_scale import disassembler
 from test_tcgen05_pair import COMMITS, HEAD, emulated, product
 
+from dsv4_rt.compile import compile
 from dsv4_rt.emulator import Machine
 from dsv4_rt.errors import Deadlock, EmulatorError, KernelFault
 
@@ -37,6 +40,20 @@ def test_gemm_in_other_thread_orders(order, rng, tmp_path):
 def test_gemm_shapes(M, N, K, tile, rng, tmp_path):
     with emulated("late", rng) as device:
         run_gemm_pair_scaled(device, load(tmp_path), rng, M, N, K, tile)
+
+
+if disassembler():
+
+    def test_machine_code(tmp_path):
+        """A machine with a disassembler sees the tensor core's instructions of pairs in what NVRTC makes for a B200."""
+        load(tmp_path)
+        made = compile(str(tmp_path / "gemm_pair_scaled.cu"), "sm_100a", ["gemm_pair_scaled<64, 2>"])
+        (tmp_path / "cubin").write_bytes(made.cubin)
+        text = subprocess.run([disassembler(), "-c", tmp_path / "cubin"], capture_output=True, text=True, check=True).stdout
+        names = re.findall(r"\b(?:UTCOMMA|UTCCP|UTCBAR|UTMALDG)[\w.]*", text)
+        print({name: names.count(name) for name in sorted(set(names))})
+        assert names.count("UTCOMMA.2CTA.4X") == 4
+        assert all(".2CTA" in name for name in names)
 
 
 # Bugs: changes of the text, what the report says, which source line it points to.
@@ -69,7 +86,7 @@ PLANTS = {
         "overwrites the source of an asynchronous tcgen05.(cp|mma)", "pair_load"),
     "full not waited for": ([(FULL, "")], READS, "pair_copy_scales"),
     "M of one CTA": ([("256 >> 4 << 24", "128 >> 4 << 24")], "tcgen05.ld.32x32b of undefined tensor memory", "tmem_load_16"),
-    "N that pairs do not have": ([("TN >> 3 << 17", "(TN - 8) >> 3 << 17")], "N = 56; possible: M of 128 or 256 with cta_group::2, N from 16 to 256 in steps of 16", MMA),
+    "N that pairs do not have": ([("TN >> 3 << 17", "(TN - 8) >> 3 << 17")], "N = 24; possible: M of 128 or 256 with cta_group::2, N from 16 to 256 in steps of 16", MMA),
     "scales in the accumulator": ([("sums + TN + i", "sums + TN / 2 + i")], "tcgen05.mma that has|the accumulator in", "pair_copy_scales|" + MMA),
     "scales outside the allocation": ([("USED = TN + STAGES * 32, COLUMNS = USED <= 128", "USED = TN, COLUMNS = USED <= 64 ? 64 : USED <= 128")],
         "out of bounds: tcgen05.cp of TMEM column", "pair_copy_scales"),
@@ -80,17 +97,25 @@ PLANTS = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A folder for each bug: the schedules share what is compiled there."""
+    made = {name: tmp_path_factory.mktemp(f"bug{i}") for i, name in enumerate(PLANTS)}
+    return made.__getitem__
+
+
 @pytest.mark.parametrize("name", PLANTS)
 @all_schedules
-def test_planted_bug_is_reported(name, completion, rng, tmp_path):
+def test_planted_bug_is_reported(name, completion, rng, folders):
     edits, message, at = PLANTS[name]
+    folder = folders(name)
     with emulated(completion, rng) as device, pytest.raises((KernelFault, Deadlock, EmulatorError)) as caught:
-        run_gemm_pair_scaled(device, load(tmp_path, *edits), rng, M=140, N=60, K=1120)
+        run_gemm_pair_scaled(device, load(folder, *edits), rng, M=140, N=30, K=800, tile=32)
     text = str(caught.value)
     assert re.search(message, text), text
     assert re.search(r"PTX line \d+: ", text)
     assert re.search(r"CTA \(\d+, \d+, \d+\),? thread \(\d+", text)
-    named = [(tmp_path / file).read_text().split("\n")[int(line) - 1] for file, line in re.findall(r"(\w+\.cuh?):(\d+)", text)]
+    named = [(folder / file).read_text().split("\n")[int(line) - 1] for file, line in re.findall(r"(\w+\.cuh?):(\d+)", text)]
     assert not at or any(part in line for part in at.split("|") for line in named), text
 
 
@@ -129,10 +154,11 @@ SFA, SFB, ONES = 100, 110, "0x7f7f7f7fu"
 WAIT_ST = '    asm volatile("tcgen05.wait::st.sync.aligned;" ::: "memory");\n'
 ISSUE = "    if (threadIdx.x == 0 && cta == 0) {\n"
 WAIT_DONE = '    asm volatile("{ .reg .pred P;\\nW: mbarrier'
-FILL_B = "right[i] = b["
+FILL_B, FENCE = "right[i] = b[", 'asm volatile("fence.proxy.async.shared::cta;"'
 COPY = f"""        asm volatile("tcgen05.cp.cta_group::2.32x128b.warpx4 [%0], %1;" :: "r"(base + {SFA}),
                      "l"(1ull << 46 | 8ull << 32 | ((u32)__cvta_generic_to_shared(right) & 0x3ffff) >> 4) : "memory");
 """
+BEHIND_B = "right[256 + threadIdx.x % 32] = make_uint4(0, 0, 0, 0);\n"
 LOAD = f"""    u32 word;
     if (cta == 1) asm volatile("tcgen05.ld.sync.aligned.32x32b.x1.b32 {{%0}}, [%1];" : "=r"(word) : "r"(at + {SFA}));
 """
@@ -192,8 +218,11 @@ MISUSED = {
         "missing tcgen05.wait::st: tcgen05.mma, scale factors of A, in the other CTA of the pair, of tensor memory still in use"),
     "overwritten in the peer": (256, {}, [(WAIT_DONE, store(SFB, ONES, "cta == 1") + WAIT_DONE)],
         "tcgen05.st.32x32b overwrites scale factors of an asynchronous tcgen05.mma|missing tcgen05.wait::st: tcgen05.mma, scale factors of B, in the other"),
-    "copied over what the peer loads": (256, {}, [(WAIT_DONE, LOAD + WAIT_DONE), (ISSUE, ISSUE + COPY)],
-        "missing tcgen05.wait::ld: tcgen05.cp, in the other CTA of the pair, of tensor memory still in use|touches what is written by an asynchronous tcgen05.cp"),
+    "copied over what the peer loads": (256, {}, [(WAIT_ST, WAIT_ST + LOAD), (ISSUE, ISSUE + COPY)],
+        "missing tcgen05.wait::ld: tcgen05.cp, in the other CTA of the pair, of tensor memory still in use"),
+    "the source of a copy overwritten in the peer": (
+        256, {}, [(FENCE, BEHIND_B + FENCE), (ISSUE, ISSUE + COPY.replace("(right)", "(right + 256)")), (WAIT_DONE, "    if (cta == 1) " + BEHIND_B + WAIT_DONE)],
+        r"overwrites the source of an asynchronous tcgen05.cp|tcgen05.cp on shared offset .* no fence.proxy.async lies between"),
     "copied from what the peer has not written": (256, {}, [(FILL_B, "if (cta == 0) " + FILL_B), (ISSUE, ISSUE + COPY)],
         "tcgen05.cp reads uninitialised shared memory: matrix source"),
     "copied over what the product reads": (256, {}, [("        " + COMMITS[2], COPY + COMMITS[2])], "tcgen05.cp overwrites scale factors of an asynchronous tcgen05.mma"),
