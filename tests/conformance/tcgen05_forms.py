@@ -324,6 +324,7 @@ def _wide() -> list[Tcgen05Form]:
             add("", "f16", "bf16", m, n, ws=True)
         add("", "tf32", "tf32", m, 128, ws=True)
         add("", "f8f6f4", "e4m3", m, 64, ws=True)
+    add("", "f8f6f4", "e3m2", 64, 64, ws=True)
     for kind, ty in (("f16", "bf16"), ("tf32", "tf32"), ("f8f6f4", "e5m2")):
         add(" masked", kind, ty, 128, 32, masked=True)
         if kind != "f8f6f4":
