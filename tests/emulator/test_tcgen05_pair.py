@@ -343,7 +343,7 @@ PLANTS = {
 }  # fmt: skip
 
 
-LUCKY = {("the place of an answer is reused early", "random")}  # what may come out right
+LUCKY = {("the place of an answer is reused early", "random")}  # may come out right, or as wrong numbers
 
 
 @pytest.mark.parametrize("name", PLANTS)
@@ -356,6 +356,8 @@ def test_planted_bug_is_reported(name, completion, rng, tmp_path):
             RUNS[kernel](device, loader(tmp_path, f"{kernel}.cu", old, new), rng)
         except (KernelFault, Deadlock, EmulatorError) as error:
             text = str(error)
+        except AssertionError:
+            assert (name, completion) in LUCKY
     if not text and (name, completion) in LUCKY:
         return
     assert re.search(message, text), text
