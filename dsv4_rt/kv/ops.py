@@ -261,32 +261,24 @@ GATHER_KV = "kv/gather_kv.cu"
 
 @dataclass(frozen=True)
 class Tile:
-    """How a gather splits its work: neighbours that a warp takes at once, warps a block, ids of the table's row that a
-    block fetches beside the indices (0: every id is looked up)."""
+    """How a gather splits its work: neighbours that a warp takes at once, warps a block."""
 
     each: int
     warps: int
-    table: int = 0
 
 
-TABLE = 1024  # ids of a row: 262,144 tokens of csa
-
-
-def gather_kv_tile(records: int, k: int = 0, max_blocks: int = TABLE + 1) -> Tile:
+def gather_kv_tile(records: int) -> Tile:
     """The tile for T * k records. bench/results/h200-kv-tiles.txt, H200, cold, v4, k = 1024:
 
-    1,024 records take 2.8 us with the row fetched by blocks of 4 warps, 3.05 without; twos take 17.1 us for 32,768
-    records, 58.2 for 131,072 and 440 for 1,048,576, and no more neighbours, deeper rings, bulk copies or cache hints
-    were faster without spills.
+    1,024 records take 3.05 us by ones and 3.16 by twos; twos take 17.2 us for 32,768 records, 58.3 for 131,072 and 440
+    for 1,048,576. Fours are 2 % ahead at 32,768 only, with spills, and behind above.
     """
-    if records > 4096:
-        return Tile(2, 4)
-    return Tile(1, 4, TABLE if k >= 4 and max_blocks <= TABLE else 0)
+    return Tile(1, 4) if records <= 4096 else Tile(2, 4)
 
 
 def gather_kv_instance(tile: Tile, record: str, entries: int) -> str:
     """The instantiation for a record and page."""
-    return f"gather_kv<{RECORDS[record][0]}, {entries}, {tile.each}, {tile.warps}, {tile.table}>"
+    return f"gather_kv<{RECORDS[record][0]}, {entries}, {tile.each}, {tile.warps}>"
 
 
 def gather_kv_slots_instance(tile: Tile, record: str, entries: int, slot: np.dtype[Any]) -> str:
@@ -324,10 +316,10 @@ def _plan_gather_kv(call: Call) -> Plan:
         raise ArgumentError(f"gather_kv: {T} tokens and a block_table of {B} rows; give row, or a row for every token")
     ready = None
     if T * k:
-        tile = gather_kv_tile(T * k, k, max_blocks)
+        tile = gather_kv_tile(T * k)
         warps = check_range("gather_kv", "T * k", T * _ceil(k, tile.each), 1, 2**31 - 1)
         ready = load(GATHER_KV, gather_kv_instance(tile, record, entries), call.device).prepare(
-            T * _ceil(k, tile.each * tile.warps) if tile.table else _ceil(warps, tile.warps),
+            _ceil(warps, tile.warps),
             32 * tile.warps,
             *(POINTER,) * 2,
             np.uint64(0) if row is None else POINTER,
@@ -562,9 +554,9 @@ _COMPUTE_VALID_LENS = Operation(
 _PAGES = tuple((record, entries) for record in RECORDS for entries in (ENTRIES, HCA_ENTRIES))
 INSTANCES = (
     *(
-        Instance(GATHER_KV, gather_kv_instance(tile, record, entries), 40)
+        Instance(GATHER_KV, gather_kv_instance(gather_kv_tile(records), record, entries), 40)
         for record, entries in _PAGES
-        for tile in (gather_kv_tile(1), gather_kv_tile(4, 4, 1), gather_kv_tile(2**20))
+        for records in (1, 2**20)
     ),
     *(
         Instance(GATHER_KV, gather_kv_slots_instance(gather_kv_tile(records), record, entries, slot), 40)

@@ -11,14 +11,11 @@
 //           above all) gives zeros, and nothing is read for it.
 // Work      one warp for EACH neighbours of one token's list. A lane finds the page of one of them; then all their bytes
 //           are in flight together: two 8 B loads of codes (or one, and 16 B of rope) and two 16 B stores a lane.
-//           With TABLE > 0 a block serves one token and fetches its row of the table beside the indices: one dependent
-//           load less, for where latency is all.
 // Cost      reads 4 B of index and of table (8 B a slot), 584 (V4) or 580 (Split) B a record, writes 1024 B. Bound by
 //           HBM bandwidth, a scale costing a whole sector; by the latency of dependent loads where there are few.
-// Launch    gather_kv<Record, N, EACH, WARPS, TABLE>, gather_kv_slots<Record, N, Slot, EACH, WARPS>: Record V4 or Split,
-//           N entries a page, Slot int or long long. block = 32 * WARPS, grid = ceil(T * ceil(k / EACH) / WARPS), with
-//           TABLE > 0 T * ceil(k / (EACH * WARPS)), max_blocks <= TABLE, 4 * TABLE B of static shared memory. Host returns
-//           at T * k = 0. May follow a kernel by programmatic dependent launch.
+// Launch    gather_kv<Record, N, EACH, WARPS>, gather_kv_slots<Record, N, Slot, EACH, WARPS>: Record V4 or Split, N
+//           entries a page, Slot int or long long. block = 32 * WARPS, grid = ceil(T * ceil(k / EACH) / WARPS), no shared
+//           memory. Host returns at T * k = 0. May follow a kernel by programmatic dependent launch.
 
 #include "kv_records.cuh"
 #include "ptx.cuh"
@@ -66,7 +63,7 @@ __device__ __forceinline__ void gather(const u8* pages, i64 page_stride, int P, 
     }
 }
 
-template <typename Record, int N, int EACH, int WARPS, int TABLE>
+template <typename Record, int N, int EACH, int WARPS>
 __global__ void __launch_bounds__(LANES * WARPS, RESIDENT / WARPS)
 gather_kv(const int* topk_indices,                   // [T, k]           rows topk_stride apart
           const int* block_table,                    // [B, max_blocks]  rows table_stride apart
@@ -76,19 +73,18 @@ gather_kv(const int* topk_indices,                   // [T, k]           rows to
           int T, int k, int B, int max_blocks, int P,
           i64 topk_stride, i64 table_stride, i64 page_stride, i64 out_token, i64 out_entry)
 {
-    // Which records are mine? A block's are one token's, or a warp's are.
-    constexpr int TOGETHER = TABLE > 0 ? EACH * WARPS : EACH;
-    const int lane   = threadIdx.x % LANES;
-    const u32 part   = TABLE > 0 ? blockIdx.x : blockIdx.x * u32(WARPS) + warp_index();
-    const u32 parts  = (k + TOGETHER - 1) / TOGETHER;
-    const u32 t      = part / parts;
-    const int first  = (part - t * parts) * TOGETHER + (TABLE > 0 ? warp_index() * EACH : 0);
-    const int listed = first + lane % EACH;
+    // Which records are mine, and which of them this lane's?
+    const int lane    = threadIdx.x % LANES;
+    const u32 warp    = blockIdx.x * u32(WARPS) + warp_index();
+    const u32 per_row = (k + EACH - 1) / EACH;
+    const u32 t       = warp / per_row;
+    const int first   = (warp - t * per_row) * EACH;
+    const int listed  = first + lane % EACH;
     wait_for_dependency();
     let_dependents_start();
-    if (t >= u32(T)) return;                         // with TABLE > 0 no block is one too many
+    if (t >= u32(T)) return;
 
-    // Their indices, and the token's row of the table.
+    // Its index and its page.
     int index = -1;
     if (listed < k) index = topk_indices[t * topk_stride + listed];
     const int r = row ? row[t] : int(t);
@@ -96,22 +92,7 @@ gather_kv(const int* topk_indices,                   // [T, k]           rows to
     const int* table = block_table + (known ? r : 0) * table_stride;
     const int block  = index >= 0 && known ? index / N : max_blocks;
     int id = -1;
-    if constexpr (TABLE > 0) {
-        static_assert(TABLE % (LANES * WARPS) == 0, "whole rounds of the block");
-        __shared__ int near[TABLE];
-        int mine[TABLE / (LANES * WARPS)];
-#pragma unroll
-        for (int i = 0; i < TABLE / (LANES * WARPS); ++i) {
-            const int at = i * LANES * WARPS + threadIdx.x;
-            mine[i] = at < max_blocks && known ? table[at] : -1;
-        }
-#pragma unroll
-        for (int i = 0; i < TABLE / (LANES * WARPS); ++i) near[i * LANES * WARPS + threadIdx.x] = mine[i];
-        __syncthreads();
-        if (block < max_blocks) id = near[block];
-    } else {
-        if (block < max_blocks) id = table[block];
-    }
+    if (block < max_blocks) id = table[block];
     gather<Record, N, EACH>(pages, page_stride, P, id, u32(index) % N, k - first, lane,
                             out + t * out_token + first * out_entry, out_entry);
 }
