@@ -4,6 +4,7 @@
 
 gather_kv: k = 1024 entries a token, all different, of random pages of 1.2 GB; every launch has tokens of its own. The
 floor is the bytes read and written at the roof of a large cudaMemcpyAsync within the GPU, measured in the same run.
+PDL: the same launches, each let start while the one before it ends; host us: an eager call.
 The error column counts elements (gathers) or bytes (appends) that differ from the oracle's, on a sample of tokens.
 """
 

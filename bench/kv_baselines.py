@@ -79,7 +79,7 @@ def append_kv(x, slots, pages, record):
 
 @triton.jit
 def _index_keys(
-    x, slots, pages, matrix, T, page_stride, FORM: tl.constexpr, GROUP: tl.constexpr, ROTATE: tl.constexpr, R: tl.constexpr
+    x, slots, pages, matrix, T, stride, FORM: tl.constexpr, GROUP: tl.constexpr, ROTATE: tl.constexpr, R: tl.constexpr
 ):
     t = tl.program_id(0) * R + tl.arange(0, R)
     d = tl.arange(0, 128)
@@ -91,7 +91,7 @@ def _index_keys(
     amax = tl.max(tl.abs(v), axis=2)
     slot = tl.load(slots + t, mask=t < T, other=-1)
     there = (slot >= 0)[:, None]
-    page, e = pages + slot // 64 * page_stride, slot % 64
+    page, e = pages + slot // 64 * stride, slot % 64
     g = tl.arange(0, 128 // GROUP)
     if FORM == "nvfp4":
         kept = (amax / 6.0).to(tl.float8e4nv)
@@ -124,10 +124,10 @@ def _index_keys(
 def append_index_keys(x, slots, pages, record, matrix, R, warps):
     """append_index_keys for contiguous arrays and g = 1: one program for R tokens; `matrix` of +-1 in bf16, or None."""
     group = {"nvfp4": 16, "mxfp4": 32, "fp8": 128}[record]
+    rotate = matrix is not None
     _index_keys[(triton.cdiv(len(slots), R),)](
-        x, slots, pages, x if matrix is None else matrix, len(slots), pages.stride(0), record, group, matrix is not None,
-        R, num_warps=warps,
-    )  # fmt: skip
+        x, slots, pages, matrix if rotate else x, len(slots), pages.stride(0), record, group, rotate, R, num_warps=warps
+    )
 
 
 @triton.jit

@@ -12,12 +12,11 @@
 //           Two tokens with one slot: either's bytes, mixed; no other record is touched.
 // Work      SHARE lanes a token, 8 / SHARE blocks of 16 dimensions a lane: few lanes spare exchanges, many spare time.
 //           FP4 codes two at a time (fp4_pairs.cuh); infinities, NaN and a g that is no power of two by division.
-// Cost      reads 256 + 8 B a token, writes 72 (Nvfp4), 68 (Mxfp4) or 132 (Fp8) B. Bound by HBM bandwidth, by latency
-//           when T is small.
+// Cost      reads 256 + 8 B a token, writes 72 (Nvfp4), 68 (Mxfp4) or 132 (Fp8) B. Bound by HBM bandwidth, rotated keys by
+//           the issue of instructions, and by latency when T is small. bench/kv.py.
 // Launch    append_index_keys<Format, ROTATE, N, SHARE, WARPS>: Format Nvfp4<g is a power of two>, Mxfp4 or Fp8, N even
 //           entries a page. block = 32 * WARPS, grid = ceil(T * SHARE / (32 * WARPS)), no shared memory. Host returns at
-//           T = 0.
-//           May follow a kernel by programmatic dependent launch.
+//           T = 0. May follow a kernel by programmatic dependent launch.
 
 #include "fp4_pairs.cuh"
 #include "warp.cuh"
@@ -151,7 +150,8 @@ struct Fp8 {
                 word[i] = pack_e4m3x2(v[0] * inverse, v[1] * inverse)
                         | u32(pack_e4m3x2(v[2] * inverse, v[3] * inverse)) << 16;
             }
-            *reinterpret_cast<uint4*>(page + e * KEY + (b * SHARE + l) * BLOCK) = make_uint4(word[0], word[1], word[2], word[3]);
+            *reinterpret_cast<uint4*>(page + e * KEY + (b * SHARE + l) * BLOCK)
+                = make_uint4(word[0], word[1], word[2], word[3]);
         }
         if (l == 0) *reinterpret_cast<float*>(page + N * KEY + e * 4) = decode_ue8m0(byte);
     }

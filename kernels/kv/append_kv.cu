@@ -6,8 +6,8 @@
 //   dimensions 448 .. 511 are copied
 //
 // Source    DeepSeek-V4 inference reference, kernel.py: act_quant (scale), FlashMLA tests/quant.py (V4's page).
-// Numerics  bit-exact: IEEE division, conversions round to nearest even and saturate. A NaN is ignored in amax and
-//           becomes 0x7f, an infinity counts as the largest finite bf16. The copied dimensions keep their bits.
+// Numerics  bit-exact: quotients round as IEEE division does, conversions to nearest even, saturating. A NaN is ignored
+//           in amax and becomes 0x7f, an infinity counts as the largest finite bf16. The copied dimensions keep their bits.
 //           Two tokens with one slot: either's bytes, mixed; no other record is touched.
 // Work      one warp a token, two chunks of 8 dimensions a lane.
 // Cost      reads 1024 + 8 B a token, writes 584 (V4) or 580 (Split) B. Bound by HBM bandwidth, by latency when T is small.
