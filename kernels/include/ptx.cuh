@@ -17,6 +17,13 @@ __device__ __forceinline__ float sqrt_approx(float x) {
     return y;
 }
 
+// 1 / x, relative error below 2^-23.  rcp(0) = inf, rcp(inf) = 0, NaN stays NaN.
+__device__ __forceinline__ float rcp_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // 1 if a >= b, otherwise (a NaN too) 0.
 __device__ __forceinline__ float at_least(float a, float b) {
     float one;
