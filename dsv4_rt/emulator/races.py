@@ -170,6 +170,7 @@ class Races:
         if len(lanes) == np.count_nonzero(batch.alive) and ids.min() == ids.max() and self.fences is None:
             self.whole[:] = tick
             self.limit = (tick + 1) << _SHIFT
+            self._share(np.arange(batch.count))
             self.stored_alike.clear()
             self.pending.clear()
             self.fresh = False
@@ -190,12 +191,20 @@ class Races:
             arrived = self.pending.pop((index, number), None)
             seen[warps] = row if arrived is None else np.maximum(row, arrived)
         self.whole[whole] = tick
+        self._share(np.nonzero(whole)[0])
         if self.fences is not None:
             # A fence before the barrier serves the thread that stores after it for all: fence, barrier, one flag.
             for index in np.nonzero(whole)[0].tolist():
                 rows = slice(index * self.warps, (index + 1) * self.warps)
                 self.fences[rows] = self.fences[rows].max(axis=0)
         self.limit = (int(self.whole[living > 0].min()) + 1) << _SHIFT
+
+    def _share(self, ctas: Array) -> None:
+        """All threads of these CTAs have met: what a warp knows of other CTAs of its cluster, all its CTA knows."""
+        if self.ranks == 1 or self.seen is None or not len(ctas):
+            return
+        rows = self.seen.reshape(-1, self.warps, self.columns)
+        rows[ctas] = rows[ctas].max(axis=1, keepdims=True)
 
     def arrive(self, lanes: Array, ids: Array) -> None:
         """bar.arrive: others will know what these lanes did; they learn nothing."""
