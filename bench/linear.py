@@ -39,7 +39,6 @@ def inputs(M, dtype):
         cupy.random.standard_normal((M, K), dtype=cupy.float32).astype(dtype)
         for _ in range(min(launches, max(4, -(-SPREAD // size))))
     ]
-    cupy.cuda.Device().synchronize()  # the stream that measures does not wait for the one that fills
     return sets, launches
 
 
@@ -53,7 +52,6 @@ def quantise(bench, case, M, launch, oracle, group, layout="rows", dtype=BF16, e
     """One row: launch(x, out, stream, pdl) fills out; oracle(x, out) -> the arrays of out, row-major scales."""
     sets, launches = inputs(M, dtype)
     outs = [(*outputs(M, group, layout), cupy.full(max(M if extra else 1, 1), 7, cupy.float32)) for _ in sets]
-    cupy.cuda.Device().synchronize()
 
     def run(i, stream=None, pdl=False):
         launch(sets[i % len(sets)], outs[i % len(sets)], stream, pdl)
@@ -173,7 +171,6 @@ def measure(bench):
         packed = encode(cupy.random.standard_normal((8192, K), dtype=cupy.float32).astype(BF16))
         decode = dequantize_nvfp4 if name == "nvfp4" else dequantize_mxfp4
         back = [cupy.full((8192, K), 7, BF16) for _ in range(3)]
-        cupy.cuda.Device().synchronize()
         timed = bench.device_time(
             [lambda s, i=i, d=decode, p=packed, b=back: d(*p, out=b[i % 3], stream=s) for i in range(20)]
         )
