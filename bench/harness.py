@@ -86,6 +86,7 @@ class Bench:
 
     def device_time(self, launches, cold=True, repeats=11):
         """(median, p10, p90) us per launch of a graph of `launches`, callables of a stream handle."""
+        cupy.cuda.Device().synchronize()  # the stream that measures does not wait for the one that filled the inputs
         with self.stream:
             for launch in launches:
                 launch(self.stream.ptr)

@@ -77,6 +77,80 @@ def append_kv(x, slots, pages, record):
     _append[(len(slots),)](x, slots, pages, pages.stride(0), 64, record == "v4", num_warps=1)
 
 
+@triton.jit
+def _index_keys(
+    x, slots, pages, matrix, T, stride, FORM: tl.constexpr, GROUP: tl.constexpr, ROTATE: tl.constexpr, R: tl.constexpr
+):
+    t = tl.program_id(0) * R + tl.arange(0, R)
+    d = tl.arange(0, 128)
+    raw = tl.load(x + t.to(tl.int64)[:, None] * 128 + d[None, :], mask=(t < T)[:, None], other=0.0)
+    if ROTATE:  # on tensor cores: sums in another order, so now and then another bf16
+        h = tl.load(matrix + d[:, None] * 128 + d[None, :])
+        raw = (tl.dot(raw, h) * 0.08838834764831845).to(tl.bfloat16)
+    v = tl.reshape(raw.to(tl.float32), (R, 128 // GROUP, GROUP))
+    amax = tl.max(tl.abs(v), axis=2)
+    slot = tl.load(slots + t, mask=t < T, other=-1)
+    there = (slot >= 0)[:, None]
+    page, e = pages + slot // 64 * stride, slot % 64
+    g = tl.arange(0, 128 // GROUP)
+    if FORM == "nvfp4":
+        kept = (amax / 6.0).to(tl.float8e4nv)
+        scale = kept.to(tl.float32)
+        inverse = tl.where(scale > 0, 1.0 / scale, 0.0)
+        at = (page + 4096 + e * 8)[:, None] + g[None, :]
+        tl.store(at, kept.to(tl.uint8, bitcast=True), mask=there)
+    else:
+        least, most = (7.052966104933725e-38, 6.0) if FORM == "mxfp4" else (1e-4, 448.0)
+        byte = ((tl.maximum(amax, least) / most).to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23
+        inverse = ((254 - byte) << 23).to(tl.float32, bitcast=True)
+        if FORM == "mxfp4":
+            tl.store((page + 4096 + e * 4)[:, None] + g[None, :], byte.to(tl.uint8), mask=there)
+        else:
+            at = (page + 8192 + e * 4).to(tl.pointer_type(tl.float32))
+            tl.store(at[:, None] + g[None, :], (byte << 23).to(tl.float32, bitcast=True), mask=there)
+    q = tl.reshape(v * inverse[:, :, None], (R, 128))
+    if FORM == "fp8":
+        code = tl.minimum(tl.maximum(q, -448.0), 448.0).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        tl.store((page + e * 128)[:, None] + d[None, :], code, mask=there)
+    else:
+        a = tl.abs(q)
+        code = (a > 0.25).to(tl.int32) + (a >= 0.75).to(tl.int32) + (a > 1.25).to(tl.int32) + (a >= 1.75).to(tl.int32)
+        code += (a > 2.5).to(tl.int32) + (a >= 3.5).to(tl.int32) + (a > 5.0).to(tl.int32)
+        code += (q.to(tl.int32, bitcast=True) >> 28) & 8
+        low, high = tl.split(tl.reshape(code, (R, 64, 2)))
+        tl.store((page + e * 64)[:, None] + tl.arange(0, 64)[None, :], (low | high << 4).to(tl.uint8), mask=there)
+
+
+def append_index_keys(x, slots, pages, record, matrix, R, warps):
+    """append_index_keys for contiguous arrays and g = 1: one program for R tokens; `matrix` of +-1 in bf16, or None."""
+    group = {"nvfp4": 16, "mxfp4": 32, "fp8": 128}[record]
+    rotate = matrix is not None
+    _index_keys[(triton.cdiv(len(slots), R),)](
+        x, slots, pages, matrix if rotate else x, len(slots), pages.stride(0), record, group, rotate, R, num_warps=warps
+    )
+
+
+@triton.jit
+def _valid_lens(positions, table, row, lens, T, max_blocks, ratio, N, R: tl.constexpr, BLOCKS: tl.constexpr):
+    t = tl.program_id(0) * R + tl.arange(0, R)
+    there = t < T
+    r = tl.load(row + t, mask=there, other=0)
+    b = tl.arange(0, BLOCKS)
+    mask = there[:, None] & (b < max_blocks)[None, :]
+    ids = tl.load(table + r[:, None] * max_blocks + b[None, :], mask=mask, other=0)
+    pages = tl.sum((ids > 0).to(tl.int32), axis=1)
+    n = (tl.load(positions + t, mask=there, other=-1) + 1) // ratio
+    tl.store(lens + t, tl.minimum(n, pages * N), mask=there)
+
+
+def compute_valid_lens(positions, table, row, lens, ratio, R, warps):
+    """compute_valid_lens for int32 positions, counting every page of the rows: one program for R tokens."""
+    T, blocks = len(positions), table.shape[1]
+    _valid_lens[(triton.cdiv(T, R),)](
+        positions, table, row, lens, T, blocks, ratio, 64, R, triton.next_power_of_2(blocks), num_warps=warps
+    )
+
+
 # What a model file writes with torch alone.
 
 

@@ -84,6 +84,43 @@ def torch_nvfp4(x):
     return torch_codes(blocks / (sf.float() * g)[..., None]), sf, g
 
 
+def torch_nvfp4_given(x, g):
+    """The same with a scale that is known."""
+    blocks = x.float().view(len(x), -1, 16)
+    sf = (blocks.abs().amax(-1) / (6 * g)).clamp(max=448).to(torch.float8_e4m3fn)
+    return torch_codes(blocks / (sf.float() * g)[..., None]), sf
+
+
+def torch_nvfp4_tensor(x):
+    """The same with one scale for the tensor."""
+    g = (x.abs().amax().float() / 2688).clamp(min=2.0**-126)
+    return *torch_nvfp4_given(x, g), g
+
+
+@functools.cache
+def values(device):
+    """What the sixteen codes mean."""
+    half = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], device=device)
+    return torch.cat([half, -half])
+
+
+def torch_decode(q):
+    """[M, K/2] bytes -> [M, K] floats."""
+    return torch.stack([values(q.device)[(q & 15).long()], values(q.device)[(q >> 4).long()]], -1).view(len(q), -1)
+
+
+def torch_dequantize_nvfp4(q, sf, g):
+    """What a model file writes."""
+    scale = sf.view(torch.float8_e4m3fn).float() * g[:, None]
+    return (torch_decode(q).view(*sf.shape, 16) * scale[..., None]).view(len(q), -1).bfloat16()
+
+
+def torch_dequantize_mxfp4(q, sf):
+    """What a model file writes."""
+    scale = torch.exp2(sf.float() - 127)
+    return (torch_decode(q).view(*sf.shape, 32) * scale[..., None]).view(len(q), -1).bfloat16()
+
+
 def torch_mxfp4(x):
     """What a model file writes; ties are not looked after."""
     blocks = x.float().view(len(x), -1, 32)

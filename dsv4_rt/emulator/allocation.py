@@ -1,8 +1,8 @@
 """Where warps wait at tcgen05.alloc and dealloc: for free columns of tensor memory, and for the other CTA of a pair.
 
 With cta_group::2 a warp of each of the two CTAs must come; then both get the same columns, or give them back. Columns
-are granted when a warp may go on, so that of several that wait the first to come is served first; those that ask for
-something wrong go on at once, to the fault. The CTAs of one SM share its columns, see `Machine.ctas_per_sm`.
+are granted when a warp may go on: of several that wait and fit, the first to come is the first served. Those that ask
+for something wrong go on at once, to the fault. The CTAs of one SM share its columns, see `Machine.ctas_per_sm`.
 
 Source: PTX ISA, "tcgen05.alloc": it blocks while columns are short; with cta_group::2 the two CTAs do it collectively,
 and the issuing warp must make sure that the peer has been launched.

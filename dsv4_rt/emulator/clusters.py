@@ -83,6 +83,8 @@ class Clusters:
         self.arrived = np.full(batch.nlanes, -1, I64)  # the phase a lane has arrived in, until it has waited for it
         self.released: dict[int, Array] = {}  # cluster -> what those know who have arrived in the phase
         self.given: dict[int, Array] = {}  # cluster -> what the last phase gives to those who wait for it
+        self.complete_at = np.zeros(self.count, I64)  # tick at which the last phase was complete
+        self.waited = np.zeros(batch.nlanes, I64)  # that tick of the last phase a lane has waited for
         self.left: set[int] = set()  # CTAs that have exited
         self.remote: dict[int, tuple[int, int]] = {}  # CTA -> (PTX line, lane) of an access not waited for
 
@@ -113,6 +115,7 @@ class Clusters:
         for cluster in np.nonzero(done)[0].tolist():
             self.given[cluster] = self.released.pop(cluster)
         self.phase[done] += 1
+        self.complete_at[done] = self.batch.races.clock.tick()
 
     def wait(self, key: tuple[int, int], sync: Instr, group: Group) -> None:
         """barrier.cluster.wait: park lanes until every thread of the cluster that has not exited has arrived."""
@@ -143,6 +146,8 @@ class Clusters:
         self.arrived[lanes] = -1
         for cluster in np.unique(self.of[lanes]).tolist():
             self.batch.races.acquire(lanes[self.of[lanes] == cluster], self.given[cluster])
+        self.waited[lanes] = self.complete_at[self.of[lanes]]
+        self.batch.races.cluster_barrier(self.waited)
         self.observed(lanes)
 
     def waiting_for(self, lane: int) -> str:

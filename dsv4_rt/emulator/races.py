@@ -97,7 +97,7 @@ class Races:
         self.columns = self.warps * self.ranks  # of the vector clocks: the warps of a cluster
         self.met = np.zeros(batch.nlanes, I64)  # tick at which a lane last met others
         self.whole = np.zeros(batch.count, I64)  # tick of a CTA's last barrier of all its threads
-        self.limit = 1 << _SHIFT  # records below it lie before the last whole barrier of every CTA
+        self.limit = 1 << _SHIFT  # records below it lie before a barrier that all threads of every cluster have left
         self.seen: Array | None = None  # [warp, warp of its cluster]: the ticks it has learnt of
         self.fences: Array | None = None  # [warp, ...]: what it knew at its last fence
         self.queue = np.zeros((batch.count // self.ranks, self.columns), I64)  # what strong stores have published
@@ -169,7 +169,9 @@ class Races:
         tick, batch = self.clock.tick(), self.batch
         if len(lanes) == np.count_nonzero(batch.alive) and ids.min() == ids.max() and self.fences is None:
             self.whole[:] = tick
-            self.limit = (tick + 1) << _SHIFT
+            if self.ranks == 1:
+                self.limit = (tick + 1) << _SHIFT
+            self._share(np.arange(batch.count))
             self.stored_alike.clear()
             self.pending.clear()
             self.fresh = False
@@ -190,12 +192,25 @@ class Races:
             arrived = self.pending.pop((index, number), None)
             seen[warps] = row if arrived is None else np.maximum(row, arrived)
         self.whole[whole] = tick
+        self._share(np.nonzero(whole)[0])
         if self.fences is not None:
             # A fence before the barrier serves the thread that stores after it for all: fence, barrier, one flag.
             for index in np.nonzero(whole)[0].tolist():
                 rows = slice(index * self.warps, (index + 1) * self.warps)
                 self.fences[rows] = self.fences[rows].max(axis=0)
-        self.limit = (int(self.whole[living > 0].min()) + 1) << _SHIFT
+        if self.ranks == 1:
+            self.limit = (int(self.whole[living > 0].min()) + 1) << _SHIFT
+
+    def cluster_barrier(self, left: Array) -> None:
+        """Lanes have left the cluster barrier; `left` is, for every lane, the tick at which the last one completed."""
+        self.limit = (int(left[self.batch.alive].min(initial=self.clock.tick())) + 1) << _SHIFT
+
+    def _share(self, ctas: Array) -> None:
+        """All threads of these CTAs have met: what a warp knows of other CTAs of its cluster, all its CTA knows."""
+        if self.ranks == 1 or self.seen is None or not len(ctas):
+            return
+        rows = self.seen.reshape(-1, self.warps, self.columns)
+        rows[ctas] = rows[ctas].max(axis=1, keepdims=True)
 
     def arrive(self, lanes: Array, ids: Array) -> None:
         """bar.arrive: others will know what these lanes did; they learn nothing."""

@@ -6,6 +6,7 @@ A cache is given as `pages`, uint8 [P, page bytes]: what `KVPool.view(layer, cac
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -269,12 +270,10 @@ class Tile:
 def gather_kv_tile(records: int) -> Tile:
     """The tile for T * k records. bench/results/h200-kv-tiles.txt, H200, cold, v4, k = 1024:
 
-    1,024 records take 3.0 us by ones and 3.2 by twos, 131,072 58.4 us by twos, 58.9 by fours and 60.2 by eights; blocks
-    of 16 warps are 0.4 % ahead of 2 at 1,048,576 records and 1 % behind at 32,768.
+    1,024 records take 3.05 us by ones and 3.16 by twos; twos take 17.2 us for 32,768 records, 58.3 for 131,072 and 440
+    for 1,048,576. Fours are 2 % ahead at 32,768 only, with spills, and behind above.
     """
-    if records <= 4096:
-        return Tile(1, 4)
-    return Tile(2, 2) if records <= 2**18 else Tile(2, 16)
+    return Tile(1, 4) if records <= 4096 else Tile(2, 4)
 
 
 def gather_kv_instance(tile: Tile, record: str, entries: int) -> str:
@@ -424,14 +423,37 @@ _APPEND_KV = Operation("append_kv", ("x", "slots"), ("pages",), _plan_append_kv)
 # ------------------------------------------------------------------------------------------- append_index_keys
 
 APPEND_INDEX_KEYS = "kv/append_index_keys.cu"
-APPEND_INDEX_KEYS_WARPS = 4
-KEYS_A_WARP = 4
 
 
-def append_index_keys_instance(record: str, rotate: bool, entries: int) -> str:
+@dataclass(frozen=True)
+class KeyTile:
+    """How append_index_keys splits its work: lanes that share a key, warps a block."""
+
+    share: int
+    warps: int
+
+
+def append_index_keys_tile(tokens: int) -> KeyTile:
+    """The tile for T tokens. bench/results/h200-kv-tiles.txt, H200, cold:
+
+    65,536 rotated nvfp4 keys take 10.3 us by fours, 10.7 by eights and 12.5 by twos; 64 tokens 2.5, 2.2 and 3.6 us.
+    """
+    return KeyTile(8, 4) if tokens <= 8192 else KeyTile(4, 4)
+
+
+def is_power_of_two(g: float) -> bool:
+    """Whether the kernel may take the fast way: 2^-60 .. 2^60."""
+    mantissa, exponent = math.frexp(g)
+    return mantissa == 0.5 and -59 <= exponent <= 61
+
+
+def append_index_keys_instance(tile: KeyTile, record: str, rotate: bool, entries: int, g: float = 1.0) -> str:
     """The instantiation for a record, with or without rotation, and page."""
+    form = INDEX_KEYS[record][0]
+    if record == "nvfp4":
+        form += f"<{'true' if is_power_of_two(g) else 'false'}>"
     rotated = "true" if rotate else "false"
-    return f"append_index_keys<{INDEX_KEYS[record][0]}, {rotated}, {entries}, {APPEND_INDEX_KEYS_WARPS}>"
+    return f"append_index_keys<{form}, {rotated}, {entries}, {tile.share}, {tile.warps}>"
 
 
 def _plan_append_index_keys(call: Call) -> Plan:
@@ -460,10 +482,12 @@ def _plan_append_index_keys(call: Call) -> Plan:
     T, P = sizes["T"], sizes["P"]
     ready = None
     if T and P:
-        name = append_index_keys_instance(record, bool(rotate), entries)
+        tile = append_index_keys_tile(T)
+        name = append_index_keys_instance(tile, record, bool(rotate), entries, float(np.float32(g)))
+        blocks = check_range("append_index_keys", "T", _ceil(T * tile.share, 32 * tile.warps), 1, 2**31 - 1)
         ready = load(APPEND_INDEX_KEYS, name, call.device).prepare(
-            _ceil(T, KEYS_A_WARP * APPEND_INDEX_KEYS_WARPS),
-            32 * APPEND_INDEX_KEYS_WARPS,
+            blocks,
+            32 * tile.warps,
             *(POINTER,) * 3,
             *(np.int32(n) for n in (T, P)),
             *(np.int64(v.strides[0]) for v in (x, pages)),
@@ -480,6 +504,7 @@ _APPEND_INDEX_KEYS = Operation("append_index_keys", ("x", "slots"), ("pages",), 
 
 COMPUTE_VALID_LENS = "kv/compute_valid_lens.cu"
 COMPUTE_VALID_LENS_THREADS = 128
+LANES_A_TOKEN = 8  # of compute_valid_lens
 
 
 def _plan_compute_valid_lens(call: Call) -> Plan:
@@ -506,8 +531,9 @@ def _plan_compute_valid_lens(call: Call) -> Plan:
     ready = None
     if T:
         kind = "int" if positions.dtype == I32 else "long long"
+        blocks = _ceil(T * LANES_A_TOKEN, COMPUTE_VALID_LENS_THREADS)
         ready = load(COMPUTE_VALID_LENS, f"compute_valid_lens<{kind}>", call.device).prepare(
-            _ceil(T, COMPUTE_VALID_LENS_THREADS),
+            blocks,
             COMPUTE_VALID_LENS_THREADS,
             *(POINTER,) * 2,
             np.uint64(0) if row is None else POINTER,
@@ -530,19 +556,24 @@ INSTANCES = (
     *(
         Instance(GATHER_KV, gather_kv_instance(gather_kv_tile(records), record, entries), 40)
         for record, entries in _PAGES
-        for records in (1, 2**18, 2**20)
+        for records in (1, 2**20)
     ),
     *(
         Instance(GATHER_KV, gather_kv_slots_instance(gather_kv_tile(records), record, entries, slot), 40)
         for record, entries in _PAGES
-        for records in (1, 2**18, 2**20)
+        for records in (1, 2**20)
         for slot in (I32, I64)
     ),
     *(Instance(APPEND_KV, append_kv_instance(record, entries), 40) for record, entries in _PAGES),
     *(
-        Instance(APPEND_INDEX_KEYS, append_index_keys_instance(record, rotate, ENTRIES), 64)
-        for record in INDEX_KEYS
+        Instance(
+            APPEND_INDEX_KEYS,
+            append_index_keys_instance(append_index_keys_tile(tokens), record, rotate, ENTRIES, g),
+            64,
+        )
+        for record, g in (*((record, 1.0) for record in INDEX_KEYS), ("nvfp4", 0.37))
         for rotate in (True, False)
+        for tokens in (1, 2**16)
     ),
     *(Instance(COMPUTE_VALID_LENS, f"compute_valid_lens<{kind}>", 32) for kind in ("int", "long long")),
 )

@@ -7,6 +7,7 @@ formats.scale_bytes_128x4(M, scales of a row) bytes, padding 0).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -15,13 +16,15 @@ from dsv4_rt.arrays import I32, U8, View
 from dsv4_rt.checks import Arg, check_range, match
 from dsv4_rt.errors import ArgumentError
 from dsv4_rt.formats import BF16, F32, MXFP4_GROUP, NVFP4_GROUP, scale_bytes_128x4
-from dsv4_rt.launch import POINTER, Prepared, load
+from dsv4_rt.launch import POINTER, load
 from dsv4_rt.operation import Call, Instance, Operation, Plan
 
 LAYOUTS: Final = ("rows", "128x4")  # of block scales
 VECTOR: Final = 16  # bytes
 MAX_K: Final = 32768  # of quantize_nvfp4, whose rows lie in registers
 THREADS: Final = 256
+STRIP: Final = 128  # threads of the kernels that need no row's maximum
+FEW_ROWS: Final = 256  # up to which latency counts, not instructions
 MAX_PARTIALS: Final = 512
 _DTYPES: Final = {"bfloat16": BF16, "float32": F32}
 
@@ -282,10 +285,19 @@ def _axes(shape: tuple[int, ...]) -> str:
     return " ".join(map(str, shape))
 
 
-def _grid(M: int, columns: int, tiled: bool, each: int = 1) -> int:
-    """Blocks for one thread, or `each`, a scale, padding included."""
-    rows, width = (_ceil(M, 128) * 128, _ceil(columns, 4) * 4) if tiled else (M, columns)
-    return _ceil(rows * width * each, THREADS)
+def _padded(M: int, tiled: bool) -> int:
+    return _ceil(M, 128) * 128 if tiled else M
+
+
+def strip_items(M: int) -> int:
+    """Blocks of 16 a thread takes where no row's maximum is needed."""
+    return 1 if M <= FEW_ROWS else 4
+
+
+def _grid(M: int, columns: int, tiled: bool, items: int, each: int = 1) -> tuple[int, int]:
+    """Rows, and strips of a row in which a scale takes `each` blocks of 16; padding included."""
+    width = _ceil(columns, 4) * 4 if tiled else columns
+    return _padded(M, tiled), _ceil(width * each, STRIP * items)
 
 
 # ---------------------------------------------------------------------------------------------- quantize_nvfp4
@@ -293,15 +305,28 @@ def _grid(M: int, columns: int, tiled: bool, each: int = 1) -> int:
 QUANTIZE_NVFP4 = "linear/quantize_nvfp4.cu"
 
 
-def quantize_nvfp4_items(M: int, K: int) -> int:
-    """Blocks of 16 a thread takes: 1 where a row then has its threads, more for long rows."""
+@dataclass(frozen=True)
+class Tile:
+    """How quantize_nvfp4 shares out a row."""
+
+    threads: int
+    items: int  # blocks of 16 a thread takes
+    parts: int  # blocks of threads that read the same row; each encodes a part of it
+
+
+def quantize_nvfp4_tile(M: int, K: int) -> Tile:
+    """The tile for a shape. bench/linear.py on an H200 and K = 7168 chose the numbers."""
     blocks = K // NVFP4_GROUP
-    return 1 if blocks <= 512 else 2 if blocks <= 1024 else 4
+    if M <= FEW_ROWS and blocks <= 448:
+        return Tile(256 if blocks <= 256 else 448, 1, 4 if M <= 32 else 2 if M <= 64 else 1)
+    if blocks <= 512:
+        return Tile(64 if blocks <= 256 else 128, 4, 1)
+    return Tile(128 if blocks <= 1024 else 256, 8, 1)
 
 
-def quantize_nvfp4_instance(dtype: Any, items: int, tiled: bool) -> str:
-    """The instantiation for a dtype, a row's width and a layout."""
-    return f"quantize_nvfp4<{_type(dtype)}, {items}, {_bool(tiled)}>"
+def quantize_nvfp4_instance(dtype: Any, tile: Tile, tiled: bool) -> str:
+    """The instantiation for a dtype, a tile and a layout."""
+    return f"quantize_nvfp4<{_type(dtype)}, {tile.threads}, {tile.items}, {_bool(tiled)}>"
 
 
 def _nvfp4_outputs(call: Call, operation: str, x: View, M: int, K: int, tiled: bool, g: str) -> tuple[Any, ...]:
@@ -329,13 +354,14 @@ def _plan_quantize_nvfp4(call: Call) -> Plan:
     shapes = _nvfp4_outputs(call, "quantize_nvfp4", x, M, K, tiled, str(M))
     ready = None
     if M * K:
-        items = quantize_nvfp4_items(M, K)
-        ready = load(QUANTIZE_NVFP4, quantize_nvfp4_instance(x.dtype, items, tiled), call.device).prepare(
-            _ceil(M, 128) * 128 if tiled else M,
-            _ceil(_ceil(K // NVFP4_GROUP, items), 32) * 32,
+        tile = quantize_nvfp4_tile(M, K)
+        width = _ceil(K // NVFP4_GROUP, 4) * 4
+        share = _ceil(width // 4, tile.parts) * 4
+        ready = load(QUANTIZE_NVFP4, quantize_nvfp4_instance(x.dtype, tile, tiled), call.device).prepare(
+            (_padded(M, tiled), _ceil(width, share)),
+            tile.threads,
             *(POINTER,) * 4,
-            np.int32(M),
-            np.int32(K),
+            *(np.int32(n) for n in (M, K, share)),
             np.int64(x.strides[0]),
             pdl=bool(pdl),
         )
@@ -378,10 +404,11 @@ def _plan_quantize_nvfp4_tensor(call: Call) -> Plan:
     shapes = _nvfp4_outputs(call, "quantize_nvfp4_tensor", x, M, K, tiled, "1")
     ready = None
     if M * K:
-        name = f"quantize_nvfp4_tensor<{_type(x.dtype)}, {_bool(tiled)}>"
+        items = strip_items(M)
+        name = f"quantize_nvfp4_tensor<{_type(x.dtype)}, {items}, {_bool(tiled)}>"
         ready = load(QUANTIZE_NVFP4, name, call.device).prepare(
-            _grid(M, K // NVFP4_GROUP, tiled),
-            THREADS,
+            _grid(M, K // NVFP4_GROUP, tiled, items),
+            STRIP,
             *(POINTER,) * 5,
             *(np.int32(n) for n in (M, K, partial.shape[0])),
             np.int64(x.strides[0]),
@@ -419,20 +446,17 @@ def _plan_quantize_nvfp4_given(call: Call) -> Plan:
     shapes = _nvfp4_outputs(call, "quantize_nvfp4_given", x, M, K, tiled, "")
     ready = None
     if M * K:
-        name = f"quantize_nvfp4_given<{_type(x.dtype)}, {_bool(tiled)}>"
-        ready = _given(call, name, x, g_stride, M, K, tiled, bool(pdl))
+        items = strip_items(M)
+        name = f"quantize_nvfp4_given<{_type(x.dtype)}, {items}, {_bool(tiled)}>"
+        ready = load(QUANTIZE_NVFP4, name, call.device).prepare(
+            _grid(M, K // NVFP4_GROUP, tiled, items),
+            STRIP,
+            *(POINTER,) * 5,
+            *(np.int32(n) for n in (M, K, g_stride)),
+            np.int64(x.strides[0]),
+            pdl=bool(pdl),
+        )
     return Plan(shapes, ready)
-
-
-def _given(call: Call, name: str, x: View, g_stride: int, M: int, K: int, tiled: bool, pdl: bool) -> Prepared:
-    return load(QUANTIZE_NVFP4, name, call.device).prepare(
-        _grid(M, K // NVFP4_GROUP, tiled),
-        THREADS,
-        *(POINTER,) * 5,
-        *(np.int32(n) for n in (M, K, g_stride)),
-        np.int64(x.strides[0]),
-        pdl=pdl,
-    )
 
 
 _QUANTIZE_NVFP4_GIVEN = Operation(
@@ -461,13 +485,13 @@ def _plan_quantize_mxfp4(call: Call) -> Plan:
         )
     ready = None
     if M * K:
-        name = f"quantize_mxfp4<{_type(x.dtype)}, {_bool(tiled)}>"
+        items = strip_items(M)
+        name = f"quantize_mxfp4<{_type(x.dtype)}, {items}, {_bool(tiled)}>"
         ready = load(QUANTIZE_MXFP4, name, call.device).prepare(
-            _grid(M, K // MXFP4_GROUP, tiled, 2),
-            THREADS,
+            _grid(M, K // MXFP4_GROUP, tiled, items, 2),
+            STRIP,
             *(POINTER,) * 3,
-            np.int32(M),
-            np.int32(K),
+            *(np.int32(n) for n in (M, K)),
             np.int64(x.strides[0]),
             pdl=bool(pdl),
         )
@@ -514,7 +538,7 @@ def _plan_dequantize_nvfp4(call: Call) -> Plan:
     if M * K:
         name = f"dequantize_nvfp4<{_type(_DTYPES[dtype])}, {_bool(tiled)}>"
         ready = load(DEQUANTIZE_FP4, name, call.device).prepare(
-            _grid(M, K // NVFP4_GROUP, False),
+            _ceil(M * (K // NVFP4_GROUP), THREADS),
             THREADS,
             *(POINTER,) * 4,
             *(np.int32(n) for n in (M, K, g_stride)),
@@ -533,7 +557,7 @@ def _plan_dequantize_mxfp4(call: Call) -> Plan:
     if M * K:
         name = f"dequantize_mxfp4<{_type(_DTYPES[dtype])}, {_bool(tiled)}>"
         ready = load(DEQUANTIZE_FP4, name, call.device).prepare(
-            _grid(M, K // NVFP4_GROUP, False),
+            _ceil(M * (K // NVFP4_GROUP), THREADS),
             THREADS,
             *(POINTER,) * 3,
             np.int32(M),
@@ -549,20 +573,32 @@ _DEQUANTIZE_MXFP4 = Operation("dequantize_mxfp4", ("q", "sf"), ("out",), _plan_d
 _FORMS = tuple((kind, tiled) for kind in ("bf16", "float") for tiled in ("false", "true"))
 INSTANCES = (
     *(
-        Instance(QUANTIZE_NVFP4, f"quantize_nvfp4<{kind}, {items}, {tiled}>", budget)
-        for kind, tiled in _FORMS
-        for items, budget in ((1, 56), (2, 80), (4, 128))
-    ),
-    *(Instance(QUANTIZE_NVFP4, f"tensor_amax<{kind}>", 80) for kind in ("bf16", "float")),
-    *(
-        Instance(source, f"{name}<{kind}, {tiled}>", budget)
-        for source, name, budget in (
-            (QUANTIZE_NVFP4, "quantize_nvfp4_tensor", 56),
-            (QUANTIZE_NVFP4, "quantize_nvfp4_given", 56),
-            (QUANTIZE_MXFP4, "quantize_mxfp4", 56),
-            (DEQUANTIZE_FP4, "dequantize_nvfp4", 40),
-            (DEQUANTIZE_FP4, "dequantize_mxfp4", 40),
+        Instance(QUANTIZE_NVFP4, quantize_nvfp4_instance(_DTYPES[dtype], Tile(threads, items, 1), tiled), budget)
+        for dtype, four, eight in (("bfloat16", 80, 128), ("float32", 120, 176))
+        for tiled in (False, True)
+        for threads, items, budget in (
+            (256, 1, 56),
+            (448, 1, 56),
+            (64, 4, four),
+            (128, 4, four),
+            (128, 8, eight),
+            (256, 8, eight),
         )
+    ),
+    *(Instance(QUANTIZE_NVFP4, f"tensor_amax<{kind}>", 40) for kind in ("bf16", "float")),
+    *(
+        Instance(source, f"{name}<{kind}, {items}, {tiled}>", narrow if kind == "bf16" else wide)
+        for source, name in (
+            (QUANTIZE_NVFP4, "quantize_nvfp4_tensor"),
+            (QUANTIZE_NVFP4, "quantize_nvfp4_given"),
+            (QUANTIZE_MXFP4, "quantize_mxfp4"),
+        )
+        for kind, tiled in _FORMS
+        for items, narrow, wide in ((1, 48, 64), (4, 80, 112))
+    ),
+    *(
+        Instance(DEQUANTIZE_FP4, f"{name}<{kind}, {tiled}>", 40)
+        for name in ("dequantize_nvfp4", "dequantize_mxfp4")
         for kind, tiled in _FORMS
     ),
 )

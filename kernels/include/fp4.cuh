@@ -7,6 +7,7 @@
 #pragma once
 
 #include "fp8.cuh"
+#include "ptx.cuh"
 
 constexpr int   BLOCK    = 16;                       // values that a thread takes: the group of nvfp4
 constexpr float E2M1_MAX = 6.0f;
@@ -36,6 +37,14 @@ struct Sixteen {
         else return __uint_as_float(i % 2 ? raw[i / 2] & 0xffff0000u : raw[i / 2] << 16);
     }
 
+    // The next word becomes the first: how a loop that is not unrolled walks over registers.
+    __device__ __forceinline__ void rotate() {
+        const u32 first = raw[0];
+#pragma unroll
+        for (int i = 0; i + 1 < WORDS; ++i) raw[i] = raw[i + 1];
+        raw[WORDS - 1] = first;
+    }
+
     // Bits of the largest magnitude, from INF_BITS on where there is an infinity or a NaN.
     __device__ __forceinline__ u32 magnitude() const {
         u32 most = 0;
@@ -49,16 +58,19 @@ struct Sixteen {
     }
 
     // The same where there is one: NaN ignored, an infinity counted as the largest finite of T.
-    __device__ __forceinline__ static float finite_amax(const Sixteen& block) {
+    __device__ __forceinline__ static float finite_amax(Sixteen block) {
         float most = 0.0f;
-#pragma unroll
-        for (int i = 0; i < BLOCK; ++i) most = fmaxf(most, fabsf(block.value(i)));
+#pragma unroll 1
+        for (int i = 0; i < WORDS; ++i, block.rotate()) {
+            most = fmaxf(most, fabsf(block.value(0)));
+            if constexpr (sizeof(T) == 2) most = fmaxf(most, fabsf(block.value(1)));
+        }
         return fminf(most, LARGEST);
     }
-    __device__ __forceinline__ float amax() const {
-        const u32 bits = magnitude();
+    __device__ __forceinline__ float amax(u32 bits) const {         // of magnitude()
         return bits < INF_BITS ? __uint_as_float(bits) : finite_amax(*this);
     }
+    __device__ __forceinline__ float amax() const { return amax(magnitude()); }
 
     // The sign bits of values 8h .. 8h + 7, each in bit 3 of its nibble.
     __device__ __forceinline__ u32 signs(int h) const {
@@ -76,115 +88,161 @@ struct Sixteen {
     }
 };
 
-// Eight magnitudes, NaN too -> eight codes 0 .. 7, nibble j of the word from a[j].
-__device__ __forceinline__ u32 e2m1x8(const float (&a)[8]) {
+// The code of |v| in the low 22 bits, from h = v / 2; not for NaN. No comparison, all FMA.
+//
+// A code is 4|h| up to |h| = 1, 2|h| + 2 up to 2, |h| + 4 up to 3, rounded to an integer, ties to even: the sum of three
+// pieces, each cut to [0, 1] and weighted 4, 2, 1. A piece begins where those before it have reached an even number, and
+// every step is exact but the rounding of a sum of magnitude 2^23.
+__device__ __forceinline__ u32 e2m1_of_half(float h) {
+    constexpr float ROUND = 12582912.0f;             // 1.5 * 2^23: steps of 1, and 22 zeros
+    float r = fmaf(add_sat(fabsf(h), 0.0f), 4.0f, ROUND);
+    r = fmaf(add_sat(fabsf(h), -1.0f), 2.0f, r);
+    return __float_as_uint(r + add_sat(fabsf(h), -2.0f));
+}
+
+// Eight values over E2M1_UNIT, of any sign but no NaN -> the codes 0 .. 7 of their magnitudes, nibble j from a[j].
 #if defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM103_ALL)
+constexpr float E2M1_UNIT = 1.0f;
+__device__ __forceinline__ u32 e2m1x8(const float (&a)[8]) {
     u32 word = 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
         u32 byte;
         asm("{\n\t.reg .b8 pair;\n\tcvt.rn.satfinite.e2m1x2.f32 pair, %1, %2;\n\tcvt.u32.u8 %0, pair;\n\t}"
-            : "=r"(byte) : "f"(a[2 * j + 1]), "f"(a[2 * j]));
+            : "=r"(byte) : "f"(fabsf(a[2 * j + 1])), "f"(fabsf(a[2 * j])));
         word |= byte << (8 * j);
     }
     return word;
+}
 #else
-    // m = 2^e, the power of two of max(1, min(a, 6)): codes step by m/2 there. m * (2^22 + 3) + a is a float with steps of
-    // m/2 too, so the addition rounds, ties to even; its low bits are a / (m/2) + 6, and its bits from 22 on 2e + 298.
-    // Their sum is 2e + a / (m/2) + 304: the code, and 19 * 16.
-    constexpr u32 OVER = 304u * 0x1111u;             // what four such sums carry into the nibbles above
-    u32 half[2];
+constexpr float E2M1_UNIT = 2.0f;
+__device__ __forceinline__ u32 e2m1x8(const float (&a)[8]) {
+    u32 half[2] = {0, 0};                            // the low 16 bits are meant
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        u32 sum = 0;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const float v = fminf(a[4 * h + j], E2M1_MAX);           // a NaN becomes 6
-            const float m = __uint_as_float(__float_as_uint(fmaxf(v, 1.0f)) & INF_BITS);
-            const u32   r = __float_as_uint(fmaf(m, 4194307.0f, v));
-            sum += (r + (r >> 22)) << (4 * j);       // only the low 16 bits of the sum are meant
-        }
-        half[h] = sum - OVER;
-    }
+    for (int j = 7; j >= 0; --j) half[j / 4] = half[j / 4] * 16 + e2m1_of_half(a[j]);
     return __byte_perm(half[0], half[1], 0x5410);
+}
 #endif
-}
 
-// Codes of v / step by IEEE division, with NaN, infinities and any step.
+// Codes of v / step by IEEE division, with NaN, infinities and any step. Seldom wanted: short, not fast.
 template <typename T>
-__device__ __forceinline__ uint2 e2m1_any(const Sixteen<T>& block, float step) {
-    u32 word[2] = {0, 0};
+__device__ __forceinline__ uint2 e2m1_any(Sixteen<T> block, float step) {
+    constexpr int   EACH = 4 / int(sizeof(T));       // values a word
+    constexpr float MOST = Sixteen<T>::LARGEST;
+    u32 low = 0, high = 0;
 #pragma unroll 1
-    for (int h = 0; h < 2; ++h) {
-        float a[8];
-        u32 sign = 0;
+    for (int i = 0; i < Sixteen<T>::WORDS; ++i, block.rotate()) {
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            const float v = h ? block.value(8 + j) : block.value(j);
-            const float most = Sixteen<T>::LARGEST;
-            const float q = (v > most ? most : v < -most ? -most : v) / step;
-            a[j] = fabsf(q);
-            sign |= q == q ? (__float_as_uint(q) >> 31) << (4 * j + 3) : 0u;
+        for (int j = 0; j < EACH; ++j) {
+            const float v = block.value(j);
+            const float q = (v > MOST ? MOST : v < -MOST ? -MOST : v) / step;
+            u32 code = e2m1_of_half(fminf(fabsf(q), E2M1_MAX) * 0.5f) & 7;      // a NaN becomes 6
+            if (q == q) code |= __float_as_uint(q) >> 28 & 8;
+            low  = low >> 4 | high << 28;
+            high = high >> 4 | code << 28;
         }
-        word[h] = e2m1x8(a) | sign;
     }
-    return make_uint2(word[0], word[1]);
+    return make_uint2(low, high);
 }
 
-// Codes of v / step, where amax is the magnitude() of all values as a float.
+// 1 / d in two floats, to 2^-46 of itself; 2^-100 <= d <= 2^60.
 //
-// Source    e2m1 rounds at seven thresholds. q = x * r, r = 1 / step rounded, corrected once by its residual, differs from
-//           the exact quotient by 2^-45 relative at most. It falls on the other side of a threshold only if the IEEE quotient
-//           is as near to a midpoint beside it; tests/linear/test_division.py lists all such pairs: none goes wrong.
-template <typename T>
-__device__ __forceinline__ uint2 e2m1_quotients(const Sixteen<T>& block, float step, float amax) {
-    constexpr float LOW = 8.673617379884035e-19f;    // 2^-60: no residual underflows, no quotient overflows
-    if (!(step >= LOW && step <= 1.0f / LOW && amax <= 64.0f * step)) return e2m1_any(block, step);
-    const float r = 1.0f / step;
-    u32 word[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        float a[8];
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            const float x = fabsf(block.value(8 * h + j));
-            const float q = x * r;
-            a[j] = fmaf(fmaf(-q, step, x), r, q);
-        }
-        word[h] = e2m1x8(a) | block.signs(h);
+// Source    v / d is then one product and one FMA, off by less than 2^-46 before its rounding. It falls on the other side
+//           of a threshold of e2m1 or e4m3 than the IEEE quotient only if that is as near to a midpoint beside the
+//           threshold. tests/linear/test_division.py lists all such pairs: only a fraction of all ones goes wrong.
+struct Reciprocal {
+    float high, low;
+
+    // False for 0, negative numbers and NaN too, and for a fraction of all ones.
+    __device__ __forceinline__ static bool exists(float d) {
+        constexpr u32 LEAST = (127u - 100u) << 23, MOST = (127u + 60u) << 23, FRACTION = 0x007fffffu;
+        const u32 bits = __float_as_uint(d);
+        return bits - LEAST <= MOST - LEAST && (~bits & FRACTION) != 0;
     }
-    return make_uint2(word[0], word[1]);
-}
+    __device__ __forceinline__ explicit Reciprocal(float d) {
+        const float r = rcp_approx(d);
+        high = fmaf(r, fmaf(-r, d, 1.0f), r);
+        low  = high * fmaf(-high, d, 1.0f);
+    }
+    __device__ __forceinline__ float times(float v) const { return fmaf(v, high, v * low); }
+};
+
+// A global scale and what every block needs of it.
+struct GlobalScale {
+    float g;
+    Reciprocal sixth;                                // 1 / (6 * g), NaN where that is out of range
+
+    __device__ __forceinline__ explicit GlobalScale(float scale) : g(scale), sixth(E2M1_MAX * scale) {
+        if (!Reciprocal::exists(E2M1_MAX * g)) sixth.high = nan_f32();
+    }
+};
 
 // Codes of one nvfp4 block; sf: its e4m3 scale. `ideal` is that scale before rounding.
 //
 //   sf = e4m3(amax / (6 * g)),   q = e2m1(v / (sf * g)), 0 where sf = 0
+//
+// The usual road: false, and nothing is meant, where the block has to take the other. bits: its magnitude().
 template <typename T>
-__device__ __forceinline__ uint2 encode_nvfp4(const Sixteen<T>& block, float amax, float g, u32& sf, float& ideal) {
-    ideal = amax / (E2M1_MAX * g);
-    sf    = pack_e4m3x2(ideal, 0.0f) & 0xffu;
-    const float step = decode_e4m3(sf) * g;
-    return sf == 0 ? make_uint2(0, 0) : e2m1_quotients(block, step, __uint_as_float(block.magnitude()));
-}
-
-// The ue8m0 scale of an mxfp4 group, and the codes of a block under it: 2 ^ ceil(log2(max(amax, 6 * 2^-126) / 6)).
-__device__ __forceinline__ u32 mxfp4_scale(float amax) {
-    constexpr float LEAST = 7.052966104933725e-38f;  // 6 * 2^-126: the scale stays a normal number
-    return encode_ue8m0(ceil_pow2(fmaxf(amax, LEAST) / E2M1_MAX));
-}
-template <typename T>
-__device__ __forceinline__ uint2 encode_mxfp4(const Sixteen<T>& block, u32 byte) {
-    if (block.magnitude() >= INF_BITS) return e2m1_any(block, decode_ue8m0(byte));
-    const float inverse = decode_ue8m0(254 - byte);  // exact
+__device__ __forceinline__ bool encode_nvfp4_usual(const Sixteen<T>& block, u32 bits, const GlobalScale& scale,
+                                                   uint2& q, u32& sf, float& ideal) {
+    ideal = scale.sixth.times(__uint_as_float(bits));
+    sf    = pack_e4m3x2(ideal, 0.0f);
+    const float step = decode_e4m3(sf) * (scale.g * E2M1_UNIT);
+    q = make_uint2(0, 0);
+    if (sf == 0) return bits < INF_BITS;
+    if (!Reciprocal::exists(step) || bits >= INF_BITS) return false;
+    const Reciprocal inverse(step);
     u32 word[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         float a[8];
 #pragma unroll
-        for (int j = 0; j < 8; ++j) a[j] = fabsf(block.value(8 * h + j)) * inverse;
+        for (int j = 0; j < 8; ++j) a[j] = inverse.times(block.value(8 * h + j));
+        word[h] = e2m1x8(a) | block.signs(h);
+    }
+    q = make_uint2(word[0], word[1]);
+    return true;
+}
+
+// Any block and any scale, by the equations.
+template <typename T>
+__device__ __forceinline__ uint2 encode_nvfp4_any(const Sixteen<T>& block, float g, u32& sf, float& ideal) {
+    ideal = Sixteen<T>::finite_amax(block) / (E2M1_MAX * g);
+    sf    = pack_e4m3x2(ideal, 0.0f);
+    return sf == 0 ? make_uint2(0, 0) : e2m1_any(block, decode_e4m3(sf) * g);
+}
+
+template <typename T>
+__device__ __forceinline__ uint2 encode_nvfp4(const Sixteen<T>& block, float /* amax */, float g, u32& sf, float& ideal) {
+    uint2 q;
+    return encode_nvfp4_usual(block, block.magnitude(), GlobalScale(g), q, sf, ideal)
+               ? q : encode_nvfp4_any(block, g, sf, ideal);
+}
+
+// The ue8m0 scale of an mxfp4 group: 2 ^ ceil(log2(max(amax, 6 * 2^-126) / 6)), at most byte 253. With amax = m * 2^e,
+// 1 <= m < 2, the quotient is at most 2^(e - 2) where m <= 1.5, and rounds to more where m is more.
+__device__ __forceinline__ u32 mxfp4_scale(float amax) {
+    constexpr float LEAST = 7.052966104933725e-38f;  // 6 * 2^-126: the scale stays a normal number
+    return ((__float_as_uint(fmaxf(amax, LEAST)) + 0x003fffffu) >> 23) - 2;
+}
+template <typename T>
+__device__ __forceinline__ uint2 encode_mxfp4(const Sixteen<T>& block, u32 bits, u32 byte) {
+    if (bits >= INF_BITS) return e2m1_any(block, decode_ue8m0(byte));
+    constexpr u32 HALVED = E2M1_UNIT == 2.0f;        // 2^(127 - byte) / E2M1_UNIT, exact: 2^-127 is no normal number
+    const float inverse = __uint_as_float(max((254 - HALVED - byte) << 23, 0x00400000u));
+    u32 word[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        float a[8];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) a[j] = block.value(8 * h + j) * inverse;
         word[h] = e2m1x8(a) | block.signs(h);
     }
     return make_uint2(word[0], word[1]);
+}
+template <typename T>
+__device__ __forceinline__ uint2 encode_mxfp4(const Sixteen<T>& block, u32 byte) {
+    return encode_mxfp4(block, block.magnitude(), byte);
 }
 
 // A code 0 .. 15 in the low bits -> its value. Exact: the bits of an e2m1 are those of a float, 2^126 times smaller.

@@ -62,6 +62,10 @@ __device__ __forceinline__ float decode_ue8m0(u32 byte) {
     return __uint_as_float(byte == 0 ? 0x00400000u : byte == 255 ? 0x7fffffffu : normal);
 }
 
+// The ue8m0 byte of 2^ceil(log2(amax / 448)), from the bits of an amax of at most 8 significant bits, or of AMAX_FLOOR.
+// 448 = 1.75 * 2^8: the exponent, one more where the mantissa is past 1.75, less 8. The quotient's rounding changes nothing.
+__device__ __forceinline__ u32 e4m3_scale(u32 amax) { return ((amax + 0x1fffffu) >> 23) - 8; }
+
 // The larger of two pairs of 16-bit integers, half by half.
 __device__ __forceinline__ u32 max_u16x2(u32 a, u32 b) {
     u32 most;

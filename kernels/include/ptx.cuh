@@ -17,6 +17,20 @@ __device__ __forceinline__ float sqrt_approx(float x) {
     return y;
 }
 
+// 1 / x, at most 1 ulp off; an input or a result below 2^-126 counts as 0, NaN stays NaN.
+__device__ __forceinline__ float rcp_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// a + b cut to [0, 1].
+__device__ __forceinline__ float add_sat(float a, float b) {
+    float y;
+    asm("add.rn.sat.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+}
+
 // 1 if a >= b, otherwise (a NaN too) 0.
 __device__ __forceinline__ float at_least(float a, float b) {
     float one;

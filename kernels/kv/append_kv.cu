@@ -6,8 +6,8 @@
 //   dimensions 448 .. 511 are copied
 //
 // Source    DeepSeek-V4 inference reference, kernel.py: act_quant (scale), FlashMLA tests/quant.py (V4's page).
-// Numerics  bit-exact: IEEE division, conversions round to nearest even and saturate. A NaN is ignored in amax and
-//           becomes 0x7f, an infinity counts as the largest finite bf16. The copied dimensions keep their bits.
+// Numerics  bit-exact: quotients round as IEEE division does, conversions to nearest even, saturating. A NaN is ignored
+//           in amax and becomes 0x7f, an infinity counts as the largest finite bf16. The copied dimensions keep their bits.
 //           Two tokens with one slot: either's bytes, mixed; no other record is touched.
 // Work      one warp a token, two chunks of 8 dimensions a lane.
 // Cost      reads 1024 + 8 B a token, writes 584 (V4) or 580 (Split) B. Bound by HBM bandwidth, by latency when T is small.
@@ -21,10 +21,10 @@ __device__ __forceinline__ float amax8(const float (&v)[CHUNK]) {
     float amax = 0.0f;                               // fmaxf passes over a NaN
 #pragma unroll
     for (int i = 0; i < CHUNK; ++i) amax = fmaxf(amax, fabsf(v[i]));
-    return fminf(amax, BF16_MAX);
+    return amax;
 }
 
-// The largest of W neighbouring lanes; amax is no NaN and not negative, so its bits are in order.
+// The largest of W neighbouring lanes.
 template <int W>
 __device__ __forceinline__ float group_max(float amax) {
 #pragma unroll
@@ -42,25 +42,35 @@ __device__ __forceinline__ uint2 encode8(const float (&v)[CHUNK], Divide divide)
 
 // Codes of both halves, and the scales stored. v[1] of lanes 24 .. 31 are no codes.
 __device__ __forceinline__ void encode(V4, const float (&v)[2][CHUNK], int lane, uint2 (&codes)[2], u8* scales) {
-    u32 word[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        const float scale   = ceil_pow2(fmaxf(group_max<8>(amax8(v[h])), AMAX_FLOOR) / E4M3_MAX);
-        const u32   byte    = encode_ue8m0(scale);
-        const float inverse = decode_ue8m0(254 - byte);      // exact: scale is 2^-22 .. 2^120
+        const float amax    = fminf(fmaxf(group_max<8>(amax8(v[h])), AMAX_FLOOR), BF16_MAX);
+        const u32   byte    = e4m3_scale(__float_as_uint(amax));
+        const float inverse = decode_ue8m0(254 - byte);      // exact: the scale is 2^-22 .. 2^120
         codes[h] = encode8(v[h], [=](float x) { return x * inverse; });
-        const bool mine = lane % 8 == 0 && (h == 0 || lane < CODE_LANES);
-        word[h] = __reduce_or_sync(ALL_LANES, mine ? byte << lane : 0u);
+        if (lane % 8 == 0) scales[h * 4 + lane / 8] = h == 0 || lane < CODE_LANES ? u8(byte) : 0;
     }
-    if (lane == 0) *reinterpret_cast<uint2*>(scales) = make_uint2(word[0], word[1]);
 }
 
+// Every x / scale by one reciprocal and a correction that rounds as a division does: the reciprocal is the nearest one,
+// nothing overflows below an infinity, and where a residual underflows the code is 0.
 __device__ __forceinline__ void encode(Split, const float (&v)[2][CHUNK], int lane, uint2 (&codes)[2], u8* scales) {
-    const float amax  = fmaxf(amax8(v[0]), lane < CODE_LANES ? amax8(v[1]) : 0.0f);
-    const float scale = fmaxf(group_max<LANES>(amax), AMAX_FLOOR) / E4M3_MAX;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) codes[h] = encode8(v[h], [=](float x) { return x / scale; });
+    const float amax  = group_max<LANES>(fmaxf(amax8(v[0]), lane < CODE_LANES ? amax8(v[1]) : 0.0f));
+    const float scale = fminf(fmaxf(amax, AMAX_FLOOR), BF16_MAX) / E4M3_MAX;
     if (lane == 0) *reinterpret_cast<float*>(scales) = scale;
+    if (amax <= BF16_MAX) {                                  // the whole warp
+        const float r = 1.0f / scale;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            codes[h] = encode8(v[h], [=](float x) {
+                const float q = x * r;
+                return copysignf(fmaf(fmaf(-q, scale, x), r, q), x);     // -0 would come out as 0
+            });
+        }
+    } else {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) codes[h] = encode8(v[h], [=](float x) { return x / scale; });
+    }
 }
 
 template <typename Record, int N, int WARPS>

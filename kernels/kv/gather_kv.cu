@@ -9,10 +9,10 @@
 // Numerics  bit-exact: one fp32 product, one rounding to bf16. V4's product is exact within bf16's normal range.
 //           A NaN comes out as 0x7fff, rope as it lies there. An index, slot, row or page id outside its range (-1
 //           above all) gives zeros, and nothing is read for it.
-// Work      one warp for EACH neighbours of one token's list: all their indices, then all their pages, then all their
-//           bytes are in flight together. Two 8 B loads of codes (or one, and 16 B of rope) and two 16 B stores a lane.
+// Work      one warp for EACH neighbours of one token's list. A lane finds the page of one of them; then all their bytes
+//           are in flight together: two 8 B loads of codes (or one, and 16 B of rope) and two 16 B stores a lane.
 // Cost      reads 4 B of index and of table (8 B a slot), 584 (V4) or 580 (Split) B a record, writes 1024 B. Bound by
-//           HBM bandwidth; by the latency of three dependent loads where there are few.
+//           HBM bandwidth, a scale costing a whole sector; by the latency of dependent loads where there are few.
 // Launch    gather_kv<Record, N, EACH, WARPS>, gather_kv_slots<Record, N, Slot, EACH, WARPS>: Record V4 or Split, N
 //           entries a page, Slot int or long long. block = 32 * WARPS, grid = ceil(T * ceil(k / EACH) / WARPS), no shared
 //           memory. Host returns at T * k = 0. May follow a kernel by programmatic dependent launch.
@@ -20,9 +20,12 @@
 #include "kv_records.cuh"
 #include "ptx.cuh"
 
-// Records first .. first + EACH - 1 of a token's list, those that are there: page[i] is null where zeros are wanted.
+constexpr int RESIDENT = 48;                         // warps an SM is to hold: 40 registers a thread
+
+// Records first .. first + count - 1 of a token's list, EACH at most. Lane i knows record i % EACH: page `id` of the pool,
+// entry e; an id outside the pool stands for zeros.
 template <typename Record, int N, int EACH>
-__device__ __forceinline__ void gather(const u8* const (&page)[EACH], const int (&e)[EACH], int count, int lane,
+__device__ __forceinline__ void gather(const u8* pages, i64 page_stride, int P, int id, int e, int count, int lane,
                                        bf16* out, i64 out_entry) {
     // Load: lower half, upper half, scales.
     uint2 lower[EACH];
@@ -33,9 +36,11 @@ __device__ __forceinline__ void gather(const u8* const (&page)[EACH], const int 
         lower[i]  = make_uint2(0, 0);
         upper[i]  = make_uint4(0, 0, 0, 0);
         scales[i] = Record::none();
-        if (page[i]) {
-            const u8* codes = page[i] + Record::template codes<N>(e[i]) + lane * CHUNK;
-            const u8* rope  = page[i] + Record::template rope<N>(e[i]) + (lane - CODE_LANES) * 16;
+        const int of = __shfl_sync(ALL_LANES, id, i), entry = __shfl_sync(ALL_LANES, e, i);
+        if (u32(of) < u32(P)) {
+            const u8* page  = pages + of * page_stride;
+            const u8* codes = page + Record::template codes<N>(entry) + lane * CHUNK;
+            const u8* rope  = page + Record::template rope<N>(entry) + (lane - CODE_LANES) * 16;
             lower[i] = *reinterpret_cast<const uint2*>(codes);
             if (lane < CODE_LANES) {
                 const uint2 raw = *reinterpret_cast<const uint2*>(codes + HALF);
@@ -43,7 +48,7 @@ __device__ __forceinline__ void gather(const u8* const (&page)[EACH], const int 
             } else {
                 upper[i] = *reinterpret_cast<const uint4*>(rope);
             }
-            scales[i] = Record::load(page[i] + Record::template scales<N>(e[i]));
+            scales[i] = Record::load(page + Record::template scales<N>(entry));
         }
     }
 
@@ -59,7 +64,7 @@ __device__ __forceinline__ void gather(const u8* const (&page)[EACH], const int 
 }
 
 template <typename Record, int N, int EACH, int WARPS>
-__global__ void __launch_bounds__(LANES * WARPS)
+__global__ void __launch_bounds__(LANES * WARPS, RESIDENT / WARPS)
 gather_kv(const int* topk_indices,                   // [T, k]           rows topk_stride apart
           const int* block_table,                    // [B, max_blocks]  rows table_stride apart
           const int* row,                            // [T], or null: token t has table row t
@@ -68,39 +73,32 @@ gather_kv(const int* topk_indices,                   // [T, k]           rows to
           int T, int k, int B, int max_blocks, int P,
           i64 topk_stride, i64 table_stride, i64 page_stride, i64 out_token, i64 out_entry)
 {
-    // Which records are mine?
+    // Which records are mine, and which of them this lane's?
     const int lane    = threadIdx.x % LANES;
     const u32 warp    = blockIdx.x * u32(WARPS) + warp_index();
     const u32 per_row = (k + EACH - 1) / EACH;
     const u32 t       = warp / per_row;
     const int first   = (warp - t * per_row) * EACH;
+    const int listed  = first + lane % EACH;
     wait_for_dependency();
     let_dependents_start();
     if (t >= u32(T)) return;
 
-    // Their indices, and the token's row of the table.
+    // Its index and its page.
+    int index = -1;
+    if (listed < k) index = topk_indices[t * topk_stride + listed];
     const int r = row ? row[t] : int(t);
     const bool known = u32(r) < u32(B);
     const int* table = block_table + (known ? r : 0) * table_stride;
-    int index[EACH];
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) index[i] = first + i < k ? topk_indices[t * topk_stride + first + i] : -1;
-
-    // Their pages.
-    const u8* page[EACH];
-    int e[EACH];
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-        const int block = index[i] >= 0 ? index[i] / N : max_blocks;
-        const int id    = known && block < max_blocks ? table[block] : -1;
-        page[i] = u32(id) < u32(P) ? pages + id * page_stride : nullptr;
-        e[i]    = u32(index[i]) % N;
-    }
-    gather<Record, N>(page, e, k - first, lane, out + t * out_token + first * out_entry, out_entry);
+    const int block  = index >= 0 && known ? index / N : max_blocks;
+    int id = -1;
+    if (block < max_blocks) id = table[block];
+    gather<Record, N, EACH>(pages, page_stride, P, id, u32(index) % N, k - first, lane,
+                            out + t * out_token + first * out_entry, out_entry);
 }
 
 template <typename Record, int N, typename Slot, int EACH, int WARPS>
-__global__ void __launch_bounds__(LANES * WARPS)
+__global__ void __launch_bounds__(LANES * WARPS, RESIDENT / WARPS)
 gather_kv_slots(const Slot* slots,                   // [T, k]       rows slots_stride apart
                 const u8* __restrict__ pages,        // [P]          page_stride B apart
                 bf16* out,                           // [T, k, 512]  out_token, out_entry apart
@@ -112,20 +110,14 @@ gather_kv_slots(const Slot* slots,                   // [T, k]       rows slots_
     const u32 per_row = (k + EACH - 1) / EACH;
     const u32 t       = warp / per_row;
     const int first   = (warp - t * per_row) * EACH;
+    const int listed  = first + lane % EACH;
     wait_for_dependency();
     let_dependents_start();
     if (t >= u32(T)) return;
 
-    i64 slot[EACH];
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) slot[i] = first + i < k ? slots[t * slots_stride + first + i] : -1;
-    const u8* page[EACH];
-    int e[EACH];
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-        const u64 id = u64(slot[i]) / N;             // a negative slot is a huge one
-        page[i] = id < u64(P) ? pages + id * page_stride : nullptr;
-        e[i]    = int(u64(slot[i]) % N);
-    }
-    gather<Record, N>(page, e, k - first, lane, out + t * out_token + first * out_entry, out_entry);
+    i64 slot = -1;
+    if (listed < k) slot = slots[t * slots_stride + listed];
+    const u64 page = u64(slot) / N;                  // a negative slot is a huge one
+    gather<Record, N, EACH>(pages, page_stride, P, page < u64(P) ? int(page) : -1, int(u64(slot) % N), k - first, lane,
+                            out + t * out_token + first * out_entry, out_entry);
 }

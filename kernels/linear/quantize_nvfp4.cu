@@ -7,21 +7,25 @@
 // Source    OCP Microscaling Formats 1.0 (e2m1), TensorRT Model Optimizer (two-level scales); g from the data at run time.
 // Numerics  bit-exact: fp32 IEEE operations in the order written, conversions round to nearest even and saturate. NaN is
 //           ignored in amax and encodes as 7, an infinity counts as the largest finite of x's dtype, -0 is kept.
-// Work      a thread takes a block of 16: two or four 16 B loads, one 8 B store of codes, one byte of scale. By row: one
-//           block of threads a row, the row in registers between amax and codes. By tensor: tensor_amax leaves a maximum
-//           of each of its blocks, quantize_nvfp4_tensor begins by taking the largest.
-// Cost      reads 2 (4) B a value once (tensor: twice), writes 9/16 B. Bound by HBM bandwidth, close behind it
-//           instruction issue; by latency where there are few rows.
-// Launch    quantize_nvfp4<T, ITEMS, TILED>: T bf16 or float, K <= 16 * ITEMS * blockDim.x <= 8192 * ITEMS, grid = M, with
-//           TILED (scales in the 128x4 layout, padding zeroed) M rounded up to 128.
-//           tensor_amax<T>: block 256, grid <= 512. quantize_nvfp4_tensor<T, TILED>, quantize_nvfp4_given<T, TILED>: block
-//           256, grid = ceil(rows * scales of a row / 256), with TILED both rounded up to 128 and 4.
-//           Host returns at M * K = 0. Each may follow a kernel by programmatic dependent launch.
+// Work      a thread takes ITEMS blocks of 16, THREADS apart: two or four 16 B loads, one 8 B store of codes, one byte
+//           of scale each. By row: one block of threads a row, the row in registers between amax and codes; few rows
+//           are shared by several, each of which reads all of the row and encodes a part. By tensor: tensor_amax leaves
+//           a maximum of each of its blocks, quantize_nvfp4_tensor begins by taking the largest.
+// Cost      reads 2 (4) B a value once (tensor: twice), writes 9/16 B. Between HBM bandwidth and instruction issue (16 or
+//           17 instructions a value on sm_90a, 6 of them to round to e2m1); by latency where there are few rows.
+// Launch    quantize_nvfp4<T, THREADS, ITEMS, TILED>: T bf16 or float, K <= 16 * ITEMS * THREADS, block = THREADS,
+//           grid = (M, ceil(scales of a row / share)), share a multiple of 4. quantize_nvfp4_tensor<T, ITEMS, TILED>,
+//           quantize_nvfp4_given<T, ITEMS, TILED>: block = 128, grid = (M, ceil(scales of a row / 128 / ITEMS)).
+//           TILED: scales in the 128x4 layout, padding zeroed; M rounded up to 128, scales of a row to 4.
+//           tensor_amax<T>: block 256, grid <= 512. Host returns at M * K = 0. Each may follow a kernel by programmatic
+//           dependent launch.
 
 #include "fp4.cuh"
 #include "ptx.cuh"
+#include "scale_layout.cuh"
 #include "warp.cuh"
 
+constexpr int   STRIP      = 128;                    // threads, where no row's maximum is needed
 constexpr float NVFP4_MAX  = 2688.0f;                // 6 * 448
 constexpr float MIN_NORMAL = 1.1754943508222875e-38f;
 constexpr float CUT        = 464.0f;                 // a block scale above it was cut to 448
@@ -40,64 +44,84 @@ __device__ __forceinline__ float block_max(float mine) {
     return __uint_as_float(lanes_max(lane < warps ? most[lane] : 0u));
 }
 
-// One block of 16, codes and scale stored; returns the scale before rounding.
-template <typename T>
-__device__ __forceinline__ float encode(const Sixteen<T>& block, float amax, float g, uint2* q, u8* sf) {
-    u32 code;
-    float ideal;
-    *q  = encode_nvfp4(block, amax, g, code, ideal);
-    *sf = u8(code);
-    return ideal;
+// Encode those of the blocks j, j + THREADS .. that lie in [first, end): how many scales were cut. bits: their magnitudes;
+// from, codes, scales: where block j lies and where its codes and scale go.
+template <int THREADS, int ITEMS, bool TILED, typename T>
+__device__ __forceinline__ int encode_strip(const Sixteen<T> (&block)[ITEMS], const u32 (&bits)[ITEMS], const T* from,
+                                            const GlobalScale& scale, const Scales<TILED>& to, uint2* codes, u8* scales,
+                                            int j, int first, int end) {
+    int cuts = 0;
+    u32 left = 0;
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) {
+        const int at = j + i * THREADS;
+        if (at >= first && at < end) {
+            u32 code;
+            float ideal;
+            uint2 out;
+            if (encode_nvfp4_usual(block[i], bits[i], scale, out, code, ideal)) {
+                codes[i * THREADS] = out;
+                scales[i * to.apart(THREADS)] = u8(code);
+                cuts += ideal > CUT;
+            } else {
+                left |= 1u << i;
+            }
+        } else if (TILED && at >= to.scales && at < to.width) {
+            scales[i * to.apart(THREADS)] = 0;
+        }
+    }
+#pragma unroll 1
+    for (; left; left &= left - 1) {                 // NaN, infinities, scales out of range: short, not fast
+        const int i = __ffs(left) - 1;
+        u32 code;
+        float ideal;
+        codes[i * THREADS] = encode_nvfp4_any(load_block(from + i * THREADS * BLOCK), scale.g, code, ideal);
+        scales[i * to.apart(THREADS)] = u8(code);
+        cuts += ideal > CUT;
+    }
+    return cuts;
 }
 
-template <bool TILED>
-__device__ __forceinline__ i64 scale_at(int t, int j, int scales) {
-    return TILED ? offset_128x4(t, j, (scales + 3) / 4) : i64(t) * scales + j;
-}
-
-template <typename T, int ITEMS, bool TILED>
-__global__ void __launch_bounds__(512, ITEMS == 4 ? 1 : 2)
+template <typename T, int THREADS, int ITEMS, bool TILED>
+__global__ void __launch_bounds__(THREADS)
 quantize_nvfp4(const T* x,                           // [M, K]     rows x_stride apart, 16 B aligned
                u8*      q,                           // [M, K/2]
                u8*      sf,                          // [M, K/16]  or the 128x4 layout
                float*   g,                           // [M]
-               int M, int K, i64 x_stride)
+               int M, int K, int share, i64 x_stride)
 {
-    const int t = blockIdx.x, scales = K / BLOCK;
+    // Which columns of which row are mine to encode? All blocks of threads of a row read all of it.
+    const Scales<TILED> to(K / BLOCK);
+    const int t = blockIdx.x, j = threadIdx.x, first = blockIdx.y * share, end = min(first + share, to.scales);
     wait_for_dependency();
     let_dependents_start();
     if (TILED && t >= M) {                           // a padding row
-        for (int j = threadIdx.x; j < (scales + 3) / 4 * 4; j += blockDim.x) sf[scale_at<TILED>(t, j, scales)] = 0;
+        for (int k = first + j; k < min(first + share, to.width); k += THREADS) sf[to.offset(t, k)] = 0;
         return;
     }
 
     // Load the row; its largest magnitude.
+    const T* from = x + t * x_stride + j * BLOCK;
     Sixteen<T> block[ITEMS];
-    float amax[ITEMS], most = 0.0f;
+    load_strip<THREADS>(block, from, j, to.scales);
+    u32 bits[ITEMS], highest = 0;
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
-        const int j = i * blockDim.x + threadIdx.x;
-        if (j < scales) block[i].load(x + t * x_stride + j * BLOCK);
-        else block[i].clear();
+        bits[i] = block[i].magnitude();
+        highest = max(highest, bits[i]);
     }
-#pragma unroll
-    for (int i = 0; i < ITEMS; ++i) {
-        amax[i] = block[i].amax();
-        most    = fmaxf(most, amax[i]);
+    if (highest >= INF_BITS) {                       // seldom: short, not fast
+        highest = 0;
+#pragma unroll 1
+        for (int k = j; k < to.scales; k += THREADS)
+            highest = max(highest, __float_as_uint(load_block(from + (k - j) * BLOCK).amax()));
     }
-    const float scale = global_scale(block_max(most));
-    if (threadIdx.x == 0) g[t] = scale;
+    const GlobalScale scale(global_scale(block_max(__uint_as_float(highest))));
+    if (j == 0 && blockIdx.y == 0) g[t] = scale.g;
 
-    // Quantise it.
-#pragma unroll
-    for (int i = 0; i < ITEMS; ++i) {
-        const int j = i * blockDim.x + threadIdx.x;
-        if (j < scales)
-            encode(block[i], amax[i], scale, reinterpret_cast<uint2*>(q + i64(t) * (K / 2)) + j,
-                   sf + scale_at<TILED>(t, j, scales));
-        else if (TILED && j < (scales + 3) / 4 * 4)
-            sf[scale_at<TILED>(t, j, scales)] = 0;
-    }
+    // Quantise my part of it.
+    uint2* codes = reinterpret_cast<uint2*>(q + i64(t) * (K / 2)) + j;
+    encode_strip<THREADS>(block, bits, from, scale, to, codes, sf + to.offset(t, j), j, first, end);
 }
 
 template <typename T>
@@ -120,27 +144,33 @@ tensor_amax(const T* x,                              // [M, K]  rows x_stride ap
     if (threadIdx.x == 0) partial[blockIdx.x] = most;
 }
 
-// Block i of the matrix, padding included, with global scale g: whether its scale was cut.
-template <typename T, bool TILED>
-__device__ __forceinline__ bool encode_at(const T* x, u8* q, u8* sf, u32 t, u32 j, float g, int M, int K, i64 x_stride) {
-    const int scales = K / BLOCK;
-    u8* to = sf + scale_at<TILED>(t, j, scales);
-    if (TILED && (t >= u32(M) || j >= u32(scales))) {
-        *to = 0;
-        return false;
+// Row t's blocks from column blockIdx.y * STRIP * ITEMS on, with the global scale that scale() gives once the loads are
+// under way: how many block scales were cut.
+template <typename T, int ITEMS, bool TILED, typename Global>
+__device__ __forceinline__ int quantize_strip(const T* x, u8* q, u8* sf, int t, int M, int K, i64 x_stride,
+                                              const Global& scale) {
+    const Scales<TILED> to(K / BLOCK);
+    const int j = blockIdx.y * (STRIP * ITEMS) + threadIdx.x;
+    u8* scales = sf + to.offset(t, j);
+    const T* from = x + t * x_stride + j * BLOCK;
+    Sixteen<T> block[ITEMS];
+    load_strip<STRIP>(block, from, j, t < M ? to.scales : 0);
+    const GlobalScale global = scale();
+    if (TILED && t >= M) {                           // a padding row
+#pragma unroll
+        for (int i = 0; i < ITEMS; ++i)
+            if (j + i * STRIP < to.width) scales[i * to.apart(STRIP)] = 0;
+        return 0;
     }
-    Sixteen<T> block;
-    block.load(x + t * x_stride + j * BLOCK);
-    return encode(block, block.amax(), g, reinterpret_cast<uint2*>(q + i64(t) * (K / 2)) + j, to) > CUT;
+    u32 bits[ITEMS];
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) bits[i] = block[i].magnitude();
+    uint2* codes = reinterpret_cast<uint2*>(q + i64(t) * (K / 2)) + j;
+    return encode_strip<STRIP>(block, bits, from, global, to, codes, scales, j, 0, to.scales);
 }
 
-template <bool TILED>
-__device__ __forceinline__ u32 padded(int n, int multiple) {
-    return TILED ? (n + multiple - 1) / multiple * multiple : n;
-}
-
-template <typename T, bool TILED>
-__global__ void __launch_bounds__(256)
+template <typename T, int ITEMS, bool TILED>
+__global__ void __launch_bounds__(STRIP)
 quantize_nvfp4_tensor(const T* x,                    // [M, K]     rows x_stride apart, 16 B aligned
                       const float* partial,          // [partials]
                       u8*    q,                      // [M, K/2]
@@ -148,20 +178,20 @@ quantize_nvfp4_tensor(const T* x,                    // [M, K]     rows x_stride
                       float* g,                      // [1]
                       int M, int K, int partials, i64 x_stride)
 {
-    const u32 width = padded<TILED>(K / BLOCK, 4);
-    const u32 i     = blockIdx.x * blockDim.x + threadIdx.x;
+    const int t = gridDim.x - 1 - blockIdx.x;        // the last first: what tensor_amax read last is still in the L2
     wait_for_dependency();
     let_dependents_start();
-    float most = 0.0f;
-    for (int p = threadIdx.x; p < partials; p += blockDim.x) most = fmaxf(most, partial[p]);
-    const float scale = global_scale(block_max(most));
-    if (i == 0) *g = scale;
-    if (i / width < padded<TILED>(M, 128))
-        encode_at<T, TILED>(x, q, sf, i / width, i % width, scale, M, K, x_stride);
+    quantize_strip<T, ITEMS, TILED>(x, q, sf, t, M, K, x_stride, [&] {
+        float most = 0.0f;
+        for (int p = threadIdx.x; p < partials; p += STRIP) most = fmaxf(most, partial[p]);
+        const GlobalScale scale(global_scale(block_max(most)));
+        if (t == 0 && blockIdx.y == 0 && threadIdx.x == 0) *g = scale.g;
+        return scale;
+    });
 }
 
-template <typename T, bool TILED>
-__global__ void __launch_bounds__(256)
+template <typename T, int ITEMS, bool TILED>
+__global__ void __launch_bounds__(STRIP)
 quantize_nvfp4_given(const T* x,                     // [M, K]     rows x_stride apart, 16 B aligned
                      const float* g,                 // [M], or [1] with g_stride 0
                      int* saturated,                 // [1] blocks whose scale was cut are added
@@ -169,14 +199,18 @@ quantize_nvfp4_given(const T* x,                     // [M, K]     rows x_stride
                      u8*  sf,                        // [M, K/16]  or the 128x4 layout
                      int M, int K, int g_stride, i64 x_stride)
 {
-    const u32 width = padded<TILED>(K / BLOCK, 4);
-    const u32 i     = blockIdx.x * blockDim.x + threadIdx.x;
-    const u32 t     = i / width;
+    const int t = blockIdx.x;
     wait_for_dependency();
     let_dependents_start();
-    bool cut = false;
-    if (t < padded<TILED>(M, 128))
-        cut = encode_at<T, TILED>(x, q, sf, t, i % width, g[t < u32(M) ? t * g_stride : 0], M, K, x_stride);
-    const u32 which = lanes_where(cut);
-    if (which && threadIdx.x % LANES == 0) atomicAdd(saturated, __popc(which));
+    const int cuts = quantize_strip<T, ITEMS, TILED>(x, q, sf, t, M, K, x_stride,
+                                                     [&] { return GlobalScale(g[t < M ? t * g_stride : 0]); });
+
+    // One addition a block of threads.
+    __shared__ int count;
+    if (threadIdx.x == 0) count = 0;
+    if (__syncthreads_or(cuts)) {
+        if (cuts) atomicAdd(&count, cuts);
+        __syncthreads();
+        if (threadIdx.x == 0) atomicAdd(saturated, count);
+    }
 }

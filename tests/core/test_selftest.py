@@ -128,8 +128,9 @@ def test_the_limit_of_a_step(tmp_path):
 
 
 INTERRUPTED = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background begin with it ignored
 from dsv4_rt import selftest
 from dsv4_rt.selftest import Step
 kill = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(600)"

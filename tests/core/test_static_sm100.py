@@ -67,4 +67,4 @@ def test_what_the_estimate_is_made_of():
     assert row["needed_bytes"] == 54054
     assert row["hbm_us"] == pytest.approx(6.422528 / 8, abs=0.01)
     assert row["l2_us"] == pytest.approx(157.696 / 118.4, abs=0.01)
-    assert row["estimate_us"] == pytest.approx(4.96 - 1.23 + 157.696 / 118.4, abs=0.06)
+    assert row["estimate_us"] == pytest.approx(static_sm100.SHAPES["pro"][3] + 157.696 / 118.4, abs=0.06)

@@ -4,10 +4,17 @@ import numpy as np
 from blackwell_kernels import FOLDER, HOPPER
 from hopper_kernels import compare, integers, poisoned
 
+import dsv4_rt
+from dsv4_rt.emulated_device import EmulatedDevice
 from dsv4_rt.launch import load as load_kernel
 from dsv4_rt.tensor_map import TensorMap
 
 HEADERS = ("blackwell.cuh", "pair.cuh", "hopper.cuh")
+
+
+def emulated(completion, rng, **options):
+    options = {"completion": completion, "seed": int(rng.integers(1 << 30))} | options
+    return dsv4_rt.use_device(EmulatedDevice("sm_100a", **options))
 
 
 def loader(folder, kernel, old="", new=""):

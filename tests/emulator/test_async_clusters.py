@@ -146,3 +146,35 @@ def test_stores_to_a_neighbour_with_an_mbarrier_between(rng, completion):
     assert np.array_equal(y, x[[1, 0, 3, 2], ::-1])
     with pytest.raises(KernelFault, match="RAW race on shared memory|uninitialised"):
         launch(GIVE.replace("WAIT", ""), "give", 4, 64, x, y, cluster=2, completion=completion)
+
+
+LETTER = """
+extern "C" __global__ void letter(u32* y) {
+    __shared__ u32 box[32];
+    __shared__ u64 come;
+    const u32 t = threadIdx.x, rank = cluster_rank();
+    if (t == 0) { bar_init(&come, 1); fence_init(); }
+    cluster_sync();
+    if (rank == 1 && t < 32) {
+        u32 there;
+        asm volatile("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(there) : "r"((u32)__cvta_generic_to_shared(&box[t])));
+        asm volatile("st.shared::cluster.u32 [%0], %1;" :: "r"(there), "r"(t) : "memory");
+        __syncwarp();
+        if (t == 0) remote_arrive(&come, 0);
+    }
+    if (rank == 0 && t == 0) cluster_wait(&come, 0);
+    if (EVERYBODY || rank == 0) __syncthreads();
+    if (rank == 0 && t >= 96) y[t - 96] = box[t - 96];
+}
+"""
+
+
+@all_schedules
+@pytest.mark.parametrize("everybody", [0, 1])
+def test_a_block_barrier_tells_all_threads_what_one_knows_of_another_cta(everybody, completion):
+    y = np.full(32, 0xA5, np.uint32)
+    launch(LETTER.replace("EVERYBODY", str(everybody)), "letter", 2, 128, y, cluster=2, completion=completion)
+    np.testing.assert_array_equal(y, np.arange(32))
+    alone = LETTER.replace("    if (EVERYBODY || rank == 0) __syncthreads();\n", "")
+    with pytest.raises(KernelFault, match="RAW race on shared memory|uninitialised shared memory"):
+        launch(alone, "letter", 2, 128, y, cluster=2, completion=completion)

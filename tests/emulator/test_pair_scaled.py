@@ -7,10 +7,11 @@ import subprocess
 import numpy as np
 import pytest
 from asynchronous import all_schedules
+from pair_kernels import emulated
 from programs import ORDERS
 from scaled_kernels import COMMON, PAIR, loader, run_gemm_pair_scaled
 from test_block_scale import disassembler
-from test_tcgen05_pair import COMMITS, HEAD, emulated, product
+from test_tcgen05_pair import COMMITS, HEAD, product
 
 from dsv4_rt.compile import compile
 from dsv4_rt.emulator import Machine

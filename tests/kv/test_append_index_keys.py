@@ -5,8 +5,8 @@ import pytest
 from caches import BF16, activations
 
 from dsv4_rt import ArgumentError
-from dsv4_rt.kv import reference
-from dsv4_rt.kv.ops import INDEX_KEYS, append_index_keys
+from dsv4_rt.kv import ops, reference
+from dsv4_rt.kv.ops import INDEX_KEYS, KeyTile, append_index_keys
 
 forms = pytest.mark.parametrize(
     ("record", "rotate"), [(record, rotate) for record in INDEX_KEYS for rotate in (True, False)]
@@ -35,6 +35,34 @@ def test_matches_oracle(device, rng, record, rotate, T, entries):
     P = 2 + -(-T // entries)
     slots = rng.permutation(P * entries)[:T].astype(np.int64)
     check(device, activations(rng, T, 128), slots, poisoned(P, record, entries), record, rotate, entries=entries)
+
+
+@pytest.mark.parametrize(
+    ("record", "g"), [("nvfp4", 1.0), ("nvfp4", 2.0**-61), ("nvfp4", 0.37), ("mxfp4", 1.0), ("fp8", 1.0)]
+)
+@pytest.mark.parametrize("size", [1.0, 2.0**-8, 2.0**9, 2.0**-61])  # scales normal, subnormal, saturated, tiny
+def test_every_quotient(device, record, g, size):
+    """Every significand under every largest one, over all binades that give a code: 128 x 128 x 5."""
+    binade = 1.0 + np.arange(128) / 128
+    below = np.concatenate([binade * 2.0**-i for i in range(5)])
+    x = np.zeros((128, 7, 8, 16))
+    values = np.minimum(np.resize(below, 7 * 8 * 15), binade[:, None]).reshape(128, 7, 8, 15)
+    x[..., 1:] = values * np.where(np.arange(15) % 2, 1, -1)
+    x[..., 0] = binade[:, None, None]
+    x = (x.reshape(-1, 128) * size).astype(BF16)
+    check(device, x, np.arange(64, 64 + len(x)), poisoned(1 + len(x) // 64, record), record, False, g)
+
+
+@forms
+@pytest.mark.parametrize("tile", [KeyTile(8, 4), KeyTile(4, 4)])
+def test_either_tile(device, rng, monkeypatch, record, rotate, tile):
+    monkeypatch.setattr(ops, "append_index_keys_tile", lambda tokens: tile)
+    T = 200 + tile.share  # a shape of its own: launches are remembered by shape
+    x = activations(rng, T, 128)
+    x[::7, 3] = np.nan
+    x[::5, 100] = -np.inf
+    slots = rng.permutation(5 * 64)[:T].astype(np.int64)
+    check(device, x, slots, poisoned(5, record), record, rotate)
 
 
 @pytest.mark.parametrize("g", [2.0**-6, 0.37, 100.0])

@@ -58,6 +58,23 @@ def test_every_bf16(device, record):
 
 
 @pytest.mark.parametrize("record", RECORDS)
+def test_every_quotient(device, record):
+    """Every significand under every largest one, over all binades that give a code: 128 x 128 x 21."""
+    binade = (1.0 + np.arange(128) / 128).astype(np.float64)
+    rows = []
+    for first in range(0, 21, 3):
+        x = np.zeros((128, 512))
+        x[:, :384] = np.concatenate([binade * 2.0 ** -(first + i) for i in range(3)])
+        x[:, :384] = np.minimum(x[:, :384], binade[:, None])
+        x[:, 384] = -binade
+        rows.append(x)
+    x = np.concatenate(rows).astype(BF16)
+    if record == "v4":  # a group is 64 wide: let every group have the largest
+        x[:, 0:384:64] = x[:, 384:385]
+    check(device, x, np.arange(64, 64 + len(x)), poisoned(1 + len(x) // 64, record, 64), record)
+
+
+@pytest.mark.parametrize("record", RECORDS)
 def test_round_trip_is_within_half_a_step(device, rng, record):
     """e4m3 keeps 4 bits: half a step is 2^-4 of a normal value, 2^-10 of the scale below; the product rounds again.
 

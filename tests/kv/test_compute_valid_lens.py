@@ -29,6 +29,18 @@ def test_matches_oracle(device, rng, dtype, ratio, entries, T):
     assert np.array_equal(device.numpy(got), reference.compute_valid_lens(positions, table, ratio, entries, row))
 
 
+@pytest.mark.parametrize("blocks", [31, 32, 33, 1023, 1025, 2500])  # one round, two, three
+def test_long_rows_are_searched(device, rng, blocks):
+    T = 90
+    table = tables(rng, T, blocks)
+    table[0], table[1] = 1, 0
+    table[2, : blocks - 1], table[2, -1] = 1, 0
+    positions = rng.integers(0, 4 * 64 * blocks, T).astype(np.int32)
+    positions[:40] = 2**31 - 1
+    got = compute_valid_lens(device.array(positions), device.array(table), 4)
+    assert np.array_equal(device.numpy(got), reference.compute_valid_lens(positions, table, 4))
+
+
 def test_a_group_counts_when_its_last_token_is_there(device):
     positions = np.array([-1, 0, 2, 3, 6, 7, 255, 256, 1023, 2**31 - 1], np.int32)
     table = np.tile(np.array([5, 3, 9, 0], np.int32), (positions.size, 1))

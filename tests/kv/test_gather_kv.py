@@ -104,17 +104,6 @@ def test_poison_beyond_the_valid_length_does_not_matter(device, rng, record):
     assert not device.numpy(got).view(np.uint16).any()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("record", RECORDS)
-def test_the_tile_of_a_prefill(device, rng, record):
-    T, k = 513, 513
-    assert gather_kv_tile(T * k) not in (gather_kv_tile(1), gather_kv_tile(2**18))
-    pages = filled(rng, 6, record, 64)
-    index, table = lists(rng, T, k, T, 4, 6, 64)
-    got = gather_kv(*[device.array(x) for x in (index, table, pages)], record=record)
-    same_bits(device.numpy(got), reference.gather_kv(index, table, pages, record))
-
-
 def test_nothing_and_nowhere(device, rng):
     pages, table = device.array(filled(rng, 3, "v4", 64)), device.array(np.ones((2, 1), np.int32))
     for T, k in ((0, 4), (2, 0)):

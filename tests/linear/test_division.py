@@ -1,10 +1,14 @@
-"""The quotient that kernels/include/fp4.cuh rounds to e2m1 falls on the same side of every threshold as IEEE's.
+"""The quotients of kernels/include/fp4.cuh fall on the same side of every threshold of e2m1 and e4m3 as IEEE's.
 
-q = RN(q0 - RN(q0 * s - x) * r), q0 = RN(x * r), r = RN(1 / s) differs from x / s by less than 2^-45 relative, before
-its own rounding: q0 is off by 2^-23, and what the correction leaves of that is 2^-22 of it. q and RN(x / s) can compare
-differently with a threshold only if x / s is that near to the midpoint beside it at which RN(x / s) changes sides.
-With x = X * 2^i and s = S * 2^j, X an integer of 8 (bf16) or 24 bits and S of 24, such a midpoint M (25 bits) means
-|X * 2^k - S * M| <= 2^-45 * S * M < 2^4: few pairs, all of which are computed here, up to twice that distance.
+q = RN(x * high + RN(x * low)), low = RN(high * (1 - high * s)), high = RN(r + r * (1 - r * s)), r within an ulp of
+1 / s. Before its rounding, high is off by (1 - r * s)^2 < 2^-46, so e = 1 - high * s is below 2^-24 + 2^-46, and a
+float. 1 / s = high * (1 + e + e^2 + ..), and low holds all but e^2 and a rounding, 2^-48 each; RN(x * low) adds as
+much: before its own rounding q differs from x / s by less than 2^-46 relative. Then q and RN(x / s) can compare
+differently with a threshold only if x / s is that near to the midpoint beside the threshold at which RN(x / s) changes
+sides. With x = X * 2^i and s = S * 2^j, X an integer of 8 (bf16) or 24 bits and S of 24, such a midpoint M (25 bits,
+odd) means |X * 2^k - S * M| <= 2^-46 * S * M < 2^3. S follows from that distance d: S = -d / M modulo 2^k. All such
+pairs are computed here, up to twice the distance and for every r. One divisor fails, a fraction of all ones: the
+kernels leave it to IEEE division.
 """
 
 from fractions import Fraction
@@ -12,38 +16,68 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-HALF_ULP = {0.25: 2**-26, 0.75: -(2**-25), 1.25: 2**-24, 1.75: -(2**-24), 2.5: 2**-23, 3.5: -(2**-23), 5.0: 2**-22}
-DISTANCE = 32
+THRESHOLDS = [Fraction(n) for n in range(1, 32, 2)]  # times powers of two: 1 to 7 for e2m1, all of them for e4m3
+DISTANCE = 16
+
+
+def exponent(x):
+    """floor(log2(x)) of a positive fraction."""
+    e = x.numerator.bit_length() - x.denominator.bit_length()
+    return e - (x < Fraction(2) ** e)
 
 
 def rounded(x):
     """The float32 nearest to a fraction, ties to even; no underflow or overflow."""
     if not x:
         return x
-    size = abs(x)
-    exponent = size.numerator.bit_length() - size.denominator.bit_length()
-    exponent -= size < Fraction(2) ** exponent
-    unit = Fraction(2) ** (exponent - 23)
+    unit = Fraction(2) ** (exponent(abs(x)) - 23)
     return round(x / unit) * unit  # round() takes ties to even
 
 
-@pytest.mark.parametrize(("bits", "fewest"), [(8, 0), (24, 100)], ids=["bf16", "f32"])
-def test_no_pair_is_rounded_to_the_other_side(bits, fewest):
-    S = np.arange(2**23, 2**24, dtype=np.int64)
+def midpoints(threshold):
+    """Where RN changes sides: half way to the float32 below and above."""
+    unit = Fraction(2) ** (exponent(threshold) - 23)
+    below = unit / 2 if threshold == Fraction(2) ** exponent(threshold) else unit
+    return threshold - below / 2, threshold + unit / 2
+
+
+def pairs(bits):
+    """(x, s, threshold) of all x / s that are as near to a midpoint beside a threshold."""
+    for threshold in THRESHOLDS:
+        for middle in midpoints(threshold):
+            M = middle.numerator
+            assert M % 2
+            assert M.bit_length() <= 25
+            for k in (47 - bits, 48 - bits, 49 - bits):
+                for d in range(-DISTANCE, DISTANCE + 1):
+                    S = -d * pow(M, -1, 2**k) % 2**k
+                    while S < 2**24:
+                        X, rest = divmod(S * M + d, 2**k)
+                        assert not rest
+                        if S >= 2**23 and 2 ** (bits - 1) <= X <= 2**bits:
+                            yield Fraction(X << k, middle.denominator), Fraction(S), threshold
+                        S += 2**k
+
+
+def differs(x, s, threshold):
+    """Whether the kernels' quotient may compare with the threshold otherwise than IEEE's."""
+    nearest, ieee = rounded(1 / s), rounded(x / s)
+    ulp = Fraction(2) ** (exponent(nearest) - 23)
+    for r in (nearest - ulp, nearest, nearest + ulp):
+        high = rounded(r + r * rounded(1 - r * s))
+        e = rounded(1 - high * s)
+        assert e == 1 - high * s
+        q = rounded(x * high + rounded(x * rounded(high * e)))
+        if np.sign(q - threshold) != np.sign(ieee - threshold):
+            return True
+    return False
+
+
+@pytest.mark.parametrize(("bits", "fewest"), [(8, 1), (24, 100)], ids=["bf16", "f32"])
+def test_only_a_divisor_of_all_ones_is_rounded_to_the_other_side(bits, fewest):
     found = 0
-    for threshold, half_ulp in HALF_ULP.items():
-        middle = Fraction(threshold) + Fraction(half_ulp)
-        M = middle.numerator  # odd: 25 bits
-        product = S * M
-        k = np.frexp(product.astype(np.float64))[1].astype(np.int64) - bits
-        low = product & ((np.int64(1) << k) - 1)
-        near = np.flatnonzero((low <= DISTANCE) | ((np.int64(1) << k) - low <= DISTANCE))
-        found += near.size
-        for s, p, shift in zip(S[near].tolist(), product[near].tolist(), k[near].tolist(), strict=True):
-            X = (p + (1 << (shift - 1))) >> shift
-            x, step = Fraction(X << shift, middle.denominator), Fraction(s)
-            assert abs(x / step / middle - 1) < Fraction(1, 2**40)
-            r = rounded(1 / step)
-            q0 = rounded(x * r)
-            assert rounded(q0 - rounded(q0 * step - x) * r) == rounded(x / step), (X, s, threshold)
+    for x, s, threshold in pairs(bits):
+        found += 1
+        assert abs(x / s / threshold - 1) < Fraction(1, 2**23)
+        assert differs(x, s, threshold) == (s == 2**24 - 1 and threshold == 1), (x, s, threshold)
     assert found >= fewest

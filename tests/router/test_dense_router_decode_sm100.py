@@ -288,6 +288,7 @@ PLANTS = {
     "tensor memory is kept": (DEALLOC, ";", "exits without tcgen05.dealloc of 32 columns"),
     "tensor memory is given back twice": (DEALLOC, 2 * DEALLOC, "where no allocation begins; it was deallocated"),
     "parts are added before they have come": (SECOND, NAMED, "race on shared|uninitialised shared"),
+    "each block waits for itself only": (SECOND, "    __syncthreads();\n", "race on shared|uninitialised shared"),
     "the wrong owner of a token": ("n / TILE,", "(n / TILE + 1) % C,", "uninitialised shared memory"),
     "a block's sum is left out": ("block = 1; block < C", "block = 2; block < C", NUMBERS),
     "the ticket one short": ("1) == clusters - 1", "1) == clusters - 2", RACE),
