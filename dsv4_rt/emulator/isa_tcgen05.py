@@ -5,7 +5,7 @@ from __future__ import annotations
 from dsv4_rt.emulator import wide
 from dsv4_rt.emulator.block_scale import VECTORS
 from dsv4_rt.emulator.codegen import Emitter, Mods, handles
-from dsv4_rt.emulator.ir import Address, Instr, Number, Operand, Vector
+from dsv4_rt.emulator.ir import Address, Instr, Number, Operand
 from dsv4_rt.emulator.isa_async import shared_address
 from dsv4_rt.emulator.isa_group import is_wide, wide_mma
 from dsv4_rt.emulator.isa_memory import address
@@ -93,9 +93,8 @@ def _move(e: Emitter, ins: Instr, m: Mods, loads: bool) -> None:
 
 def _mma(e: Emitter, ins: Instr, m: Mods, paired: bool) -> None:
     """mma: B in shared memory, A there or in tensor memory, accumulator and scale factors in tensor memory."""
-    for mod, what in (("ws", "weight-stationary products"), ("sp", "sparse matrices")):
-        if m.flag(mod):
-            raise m.refuse(f"{ins.name}: {what} are not implemented by the emulator")
+    if m.flag("sp"):
+        raise m.refuse(f"{ins.name}: sparse matrices are not implemented by the emulator")
     kinds = _SCALED if m.flag("block_scale") else _KINDS
     kind = kinds.get(m.choose(*kinds))
     if not kind:
@@ -104,10 +103,8 @@ def _mma(e: Emitter, ins: Instr, m: Mods, paired: bool) -> None:
     if kinds is _SCALED:
         _scaled_mma(e, ins, m, kind, paired)
         return
-    if any(isinstance(each, Vector) for each in ins.args):
-        raise m.refuse(f"{ins.name}: a disable-output-lane mask is not implemented by the emulator")
     if len(ins.args) != 5:
-        raise m.refuse(f"{ins.name}: scale-input-d is not implemented by the emulator")
+        raise m.refuse()
     d, a, b, form, add = ins.args
     operands = _factors(e, d, a, b, form, add)
     e.emit(f"B.tensor_cores.mma({e.lanes}, {ins.line}, {kind!r}, {operands})")
