@@ -16,7 +16,11 @@ from dsv4_rt.device import Geometry, LoadedKernel, Parameters
 from dsv4_rt.emulator import COMPLETIONS, LaunchReport, Machine, tensormap
 from dsv4_rt.errors import DeviceError
 
-CHECKS = {"global-writes": "check_global_writes", "uninitialised": "check_uninitialised"}  # name -> field
+CHECKS = {  # name -> field
+    "global-writes": "check_global_writes",
+    "uninitialised": "check_uninitialised",
+    "tensor-fences": "check_tensor_fences",
+}
 
 
 class _Block:
@@ -32,7 +36,7 @@ class EmulatedDevice:
     """The emulator behind the same verbs. `last_report` counts the instructions of the latest launch.
 
     ctas_per_sm: CTAs that run on one SM at the same time and share its tensor memory.
-    check_global_writes, check_uninitialised: the checks that a Machine has on request.
+    check_global_writes, check_uninitialised, check_tensor_fences: the checks that a Machine has on request.
     completion: when asynchronous operations run, as a Machine takes it: "early", "late" or "random" (seeded).
     copies_in_order: as a Machine takes it.
     """
@@ -43,6 +47,7 @@ class EmulatedDevice:
     ctas_per_sm: int = 1
     check_global_writes: bool = False
     check_uninitialised: bool = False
+    check_tensor_fences: bool = False
     completion: str = "early"
     copies_in_order: bool = False
     kind: str = field(default="emulator", init=False)
@@ -64,6 +69,7 @@ class EmulatedDevice:
             source_roots=_source_roots(),
             check_global_writes=self.check_global_writes,
             check_uninitialised=self.check_uninitialised,
+            check_tensor_fences=self.check_tensor_fences,
             completion=self.completion,
             copies_in_order=self.copies_in_order,
         )

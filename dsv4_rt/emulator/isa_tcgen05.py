@@ -45,6 +45,8 @@ def _tcgen05(e: Emitter, ins: Instr, m: Mods) -> None:
         _move(e, ins, m, kind == "ld")
     elif kind in ("wait::ld", "wait::st"):
         e.emit(f"B.tmem.wait(L, {kind[-2:]!r})")
+    elif kind.startswith("fence::"):
+        e.emit(f"B.tmem.fence({e.lanes}, {kind[7:].split('_')[0]!r})")
     elif kind == "mma" and is_wide(ins):
         wide_mma(e, ins, m, paired)
     elif kind == "mma":

@@ -375,6 +375,8 @@ class Machine:
             a store, without a barrier, or atomics and a fence, between them.
         check_uninitialised: report reads of bytes of allocations that neither a kernel nor, as far as is known, the
             host has written (see `watched.py`).
+        check_tensor_fences: report work on tensor memory that another thread has worked on, where the one has not
+            executed tcgen05.fence::before_thread_sync or the other ::after_thread_sync. Triton 3.9 leaves them out.
         completion: when asynchronous operations run (see `async_.py`): "early" at once, "late" when waited for or when
             nothing else can go on, "random" at seeded moments. A right kernel gives the same result under all.
         copies_in_order: do not report a tcgen05.cp over tensor memory that earlier operations of its own thread use.
@@ -392,6 +394,7 @@ class Machine:
         trace: Callable[[Step], None] | None = None,
         check_global_writes: bool = False,
         check_uninitialised: bool = False,
+        check_tensor_fences: bool = False,
         completion: str = "early",
         copies_in_order: bool = False,
     ) -> None:
@@ -400,7 +403,7 @@ class Machine:
         if completion not in COMPLETIONS:
             raise EmulatorError(f"Machine: completion {completion!r} is none of {', '.join(COMPLETIONS)}")
         self.arch, self.order, self.seed, self.completion = arch, order, seed, completion
-        self.copies_in_order = copies_in_order
+        self.copies_in_order, self.check_tensor_fences = copies_in_order, check_tensor_fences
         self.source_roots = tuple(Path(root) for root in source_roots)
         if ctas_per_sm < 1:
             raise EmulatorError(f"Machine: ctas_per_sm {ctas_per_sm} is not a positive number")

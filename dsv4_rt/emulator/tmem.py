@@ -96,11 +96,42 @@ class TensorMemory:
         self.copies: dict[int, tuple[int, int]] = {}  # number of a tcgen05.cp -> tick of its issue, lane
         self.copying: list[Op] = []  # copies that have not completed
         self.waits: dict[str, dict[int, list[int]]] = {"ld": {}, "st": {}}  # warp -> ticks of its wait::ld, wait::st
+        # With the check on request: ticks of each thread's last fence::before_thread_sync and ::after_thread_sync, and
+        # at which an operation completed.
+        self.fences = {kind: np.zeros(batch.nlanes, I64) for kind in ("before", "after")}
+        self.finished: dict[int, int] = {}
 
     def enter(self, op: Op) -> int:
         """Give an operation of the tensor core its number."""
         self.products.append(op)
-        return len(self.products)
+        number = len(self.products)
+        if self.batch.machine.check_tensor_fences:
+            write = op.write
+
+            def finish(data: Any) -> None:
+                write(data)
+                self.finished[number] = self.batch.races.clock.tick()
+
+            op.write = finish
+        return number
+
+    def fence(self, lanes: Array, kind: str) -> None:
+        """tcgen05.fence::before_thread_sync or ::after_thread_sync."""
+        self.fences[kind][lanes] = self.batch.races.clock.tick()
+
+    def _check_fences(self, what: str, lanes: Array, since: int, of: str, releaser: int, bad: Array) -> None:
+        """A thread that knows of the end of another's work at a tick has fenced since; so has the warp of a ld, st."""
+        if not self.batch.machine.check_tensor_fences or what == "tcgen05.dealloc":
+            return
+        if releaser >= 0 and self.fences["before"][releaser >> 5 << 5 : (releaser >> 5 << 5) + 32].max() <= since:
+            raise LaneFault(
+                f"missing tcgen05.fence::before_thread_sync: {what} after {of}, and its warp has not fenced since", bad
+            )
+        if (self.fences["after"][lanes] <= since).any():
+            raise LaneFault(
+                f"missing tcgen05.fence::after_thread_sync: {what} after {of}; this thread has not fenced since then",
+                bad,
+            )
 
     def enter_copy(self, op: Op) -> int:
         """The same of a tcgen05.cp, issued now."""
@@ -251,6 +282,9 @@ class TensorMemory:
                         f"issued at{self.batch.engine.place(op.line)}{self.batch.tensor_cores.strays(op.lane)}",
                         bad,
                     )
+                elif number in self.finished and op.lane != int(lanes[0]):
+                    of = f"the {op.kind} issued at{self.batch.engine.place(op.line)}"
+                    self._check_fences(what, lanes, self.finished[number], of, -1, bad)
 
     def check_copy(self, number: int, lanes: Array, what: str, bad: Array) -> None:
         """A product comes after the issue of a tcgen05.cp."""
@@ -281,10 +315,11 @@ class TensorMemory:
                 who = f"the tcgen05.{kind} by the warp of CTA {cta}, thread {thread}, at{place}"
                 if at == len(waits):
                     raise LaneFault(f"missing tcgen05.wait::{kind}: {what} of tensor memory still in use by {who}", bad)
-                if other >> 5 != int(lanes[0]) >> 5 and len(
-                    races.pairs_unordered(lanes[:1], np.array([waits[at]]), np.array([other]))
-                ):
+                if other >> 5 == int(lanes[0]) >> 5:
+                    continue
+                if len(races.pairs_unordered(lanes[:1], np.array([waits[at]]), np.array([other]))):
                     raise LaneFault(f"{what}: nothing orders it after the tcgen05.wait::{kind} of {who}", bad)
+                self._check_fences(what, lanes[:1], waits[at], who, other, bad)
 
     # tcgen05.ld, st and wait: whole warps.
 

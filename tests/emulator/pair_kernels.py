@@ -13,7 +13,7 @@ HEADERS = ("blackwell.cuh", "pair.cuh", "hopper.cuh")
 
 
 def emulated(completion, rng, **options):
-    options = {"completion": completion, "seed": int(rng.integers(1 << 30))} | options
+    options = {"completion": completion, "seed": int(rng.integers(1 << 30)), "check_tensor_fences": True} | options
     return dsv4_rt.use_device(EmulatedDevice("sm_100a", **options))
 
 

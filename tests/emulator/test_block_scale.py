@@ -19,7 +19,7 @@ from dsv4_rt.errors import Deadlock, EmulatorError, KernelFault
 
 
 def emulated(completion, rng, **options):
-    options = {"completion": completion, "seed": int(rng.integers(1 << 30))} | options
+    options = {"completion": completion, "seed": int(rng.integers(1 << 30)), "check_tensor_fences": True} | options
     return dsv4_rt.use_device(EmulatedDevice("sm_100a", **options))
 
 
@@ -96,6 +96,7 @@ ANOTHER = """    } else if (warp == 5 && lane == 1) {
             for (u32 k = 0; k < steps; ++k, ++i) {
                 const u32 stage = ring + i % STAGES * STAGE, sfb = scales + i % STAGES * WORDS * 8, sfa = sfb + 4 * WORDS;
                 mbarrier_wait(shared_address(&full[i % STAGES]), i / STAGES & 1);
+                tc_fence_after();
 """ + COPIES + """            }
     } else if (warp < 4) {
 """

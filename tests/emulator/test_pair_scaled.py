@@ -130,7 +130,8 @@ ANOTHER = f"""    }} else if (warp == 5 && lane == 1 && rank == 0) {{
         for (int t = pair; t < tiles; t += pairs)
             for (int k = 0; k < steps; ++k, ++i) {{
                 const u32 stage = ring + i % STAGES * STAGE, sfb = sums + TN + i % STAGES * 32, sfa = sfb + 16;
-{FULL}{COPIES}                {FREE};
+{FULL}                tc_fence_after();
+{COPIES}                {FREE};
                 if (k == steps - 1) pair_commit(shared_address(&done), 0b11);
                 __syncwarp(3);
             }}

@@ -553,8 +553,9 @@ def test_a_device_takes_the_checks(monkeypatch):
     copy(device.machine, full.ctypes.data, fresh.ctypes.data)
     with pytest.raises(KernelFault, match="uninitialised global"):
         copy(device.machine, never.ctypes.data, fresh.ctypes.data)
-    monkeypatch.setenv("DSV4_RT_EMULATOR_CHECKS", "global-writes, uninitialised")
-    assert checks_from_environment() == {"check_global_writes": True, "check_uninitialised": True}
+    monkeypatch.setenv("DSV4_RT_EMULATOR_CHECKS", "global-writes, uninitialised, tensor-fences")
+    found = checks_from_environment()
+    assert found == {"check_global_writes": True, "check_uninitialised": True, "check_tensor_fences": True}
     monkeypatch.setenv("DSV4_RT_EMULATOR_CHECKS", "")
     assert checks_from_environment() == {}
     monkeypatch.setenv("DSV4_RT_EMULATOR_CHECKS", "races")

@@ -22,7 +22,7 @@ from dsv4_rt.tensor_map import TensorMap
 
 
 def emulated(completion, rng, **options):
-    options = {"completion": completion, "seed": int(rng.integers(1 << 30))} | options
+    options = {"completion": completion, "seed": int(rng.integers(1 << 30)), "check_tensor_fences": True} | options
     return dsv4_rt.use_device(EmulatedDevice("sm_100a", **options))
 
 
@@ -68,6 +68,12 @@ def test_a_deep_tile_is_fast(completion, rng, tmp_path):
 
 MMA, LOAD = "tc_mma_16bit(acc, da", "tmem_load_16(r, acc"
 BEFORE_LOOP = "const u32 acc = tmem_base;\n"
+FENCED = """            tc_fence_after();
+            for (int k = 0; k < steps; ++k, ++i) {
+                const u32 stage = ring + i % STAGES * STAGE;
+                mbarrier_wait(shared_address(&full[i % STAGES]), i / STAGES & 1);
+                tc_fence_after();
+"""
 PLANTS = {
     "accumulate over undefined TMEM": ("k + j > 0", "true", "accumulates over undefined tensor memory", MMA),
     "no wait before the load": (
@@ -91,8 +97,15 @@ PLANTS = {
     "wait::ld after the arrival": (
         "                tmem_wait_load();\n", "                if (n + 16 == TN) mbarrier_arrive(shared_address(&taken));\n"
         "                tmem_wait_load();\n",
-        "nothing orders it after the tcgen05.wait::ld|more arrivals|missing tcgen05.wait::ld",
+        "nothing orders it after the tcgen05.wait::ld|more arrivals|missing tcgen05.(wait::ld|fence::before)",
         "tc_mma_16bit|mbarrier_arrive"),
+    "no fence behind done": (
+        "(&done), tile & 1);\n            tc_fence_after();\n", "(&done), tile & 1);\n",
+        "missing tcgen05.fence::after_thread_sync: tcgen05.ld.32x32b after the tcgen05.mma", LOAD),
+    "no fence before taken": (
+        "            tc_fence_before();\n            mbarrier_arrive", "            mbarrier_arrive",
+        "missing tcgen05.fence::before_thread_sync: tcgen05.mma after the tcgen05.ld", MMA),
+    "no fence behind taken": (FENCED, FENCED.replace("tc_fence_after();", ""), "missing tcgen05.fence::after_thread_sync: tcgen05.mma after the tcgen05.ld", MMA),
     "accumulator not waited for": (
         "            mbarrier_wait(shared_address(&taken), (tile & 1) ^ 1);\n", "",
         "tcgen05.mma.? of tensor memory still in use|nothing orders it after the tcgen05.wait::ld|tcgen05.mma that has|"

@@ -30,7 +30,7 @@ def no_plans(monkeypatch):
 
 def emulated(rng, completion="early", **options):
     """A device of its own, every check on."""
-    checks = {"check_global_writes": True, "check_uninitialised": True}
+    checks = {"check_global_writes": True, "check_uninitialised": True, "check_tensor_fences": True}
     seed = int(rng.integers(2**31))
     return use_device(EmulatedDevice("sm_100a", completion=completion, seed=seed, **checks, **options))
 
@@ -257,6 +257,7 @@ COMMIT = "if (i + stages < steps) tc_commit(shared_address(&empty[s]));"
 TURN = "\n            if (++s == stages) s = 0, parity ^= 1;"
 ZERO = "*reinterpret_cast<uint4*>(zeros + s * STAGE + at) = make_uint4(0, 0, 0, 0);"
 ARRIVE = COMMIT.replace("tc_commit(", 'asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(')[:-1] + ");"
+DRAIN = "tc_fence_after();\n#pragma unroll\n            for (int e = 0; e < EXPERTS"
 DEALLOC = "tmem_dealloc(acc, COLUMNS);"
 SECOND = "    cluster_arrive();\n    cluster_wait();\n"
 NAMED = '    if (warp <= MULTIPLIES) asm volatile("bar.sync 1, 192;" ::: "memory");\n'
@@ -283,6 +284,7 @@ PLANTS = {
     "fewer bytes expected": ("(rows + EXPERTS) * ROW_BYTES);", "EXPERTS * ROW_BYTES);", NOT_WAITED),
     "rows without a token are left as they are": (ZERO, ";", "tcgen05.mma reads uninitialised shared memory: matrix A"),
     "no proxy fence after the zeros": ("fence_async_shared();", ";", "no fence.proxy.async lies between"),
+    "no fence behind done": (DRAIN, DRAIN.replace("tc_fence_after();", ""), "missing tcgen05.fence::after"),
     "another warp's tokens": ("acc + (warp *", "acc + ((warp ^ 1) *", "warp 0 of the CTA reaches lanes 0 to 31 only"),
     "no wait for the load": ("tmem_wait_load();", ";", "missing tcgen05.wait::ld"),
     "tensor memory is kept": (DEALLOC, ";", "exits without tcgen05.dealloc of 32 columns"),
