@@ -120,7 +120,10 @@ class TensorMemory:
         self.fences[kind][lanes] = self.batch.races.clock.tick()
 
     def _check_fences(self, what: str, lanes: Array, since: int, of: str, releaser: int, bad: Array) -> None:
-        """A thread that knows of the end of another's work at a tick has fenced since; so has the warp of a ld, st."""
+        """A thread that knows of the end of another's work at a tick has fenced since; so has the warp of a ld, st.
+
+        Not asked of dealloc, which touches no cells: kernels in use give back behind a plain barrier.
+        """
         if not self.batch.machine.check_tensor_fences or what == "tcgen05.dealloc":
             return
         if releaser >= 0 and self.fences["before"][releaser >> 5 << 5 : (releaser >> 5 << 5) + 32].max() <= since:

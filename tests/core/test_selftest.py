@@ -248,3 +248,14 @@ def test_what_the_real_command_says_here(capsys, tmp_path):
     if cuda_device_count():
         pytest.skip("this machine has a GPU")
     assert "no CUDA device here" in refusal(capsys, "--out", str(tmp_path))
+
+
+@pytest.mark.parametrize("word", selftest.SPARED)
+def test_what_sanitizers_are_spared_exists(word):
+    """A test that was renamed would run under them again, and fail there or take an hour."""
+    names = [
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in [path.stem, *re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)]
+    ]
+    assert any(word in name for name in names)
