@@ -259,32 +259,45 @@ def _check_rows(operation: str, name: str, view: View, multiple: int) -> None:
 GATHER_KV = "kv/gather_kv.cu"
 
 
+GATHER_KV_WARPS = 8  # a block
+GATHER_KV_ROUNDS = (1, 4)  # of 256 ids: how much of a table's row a block may fetch at once
+
+
 @dataclass(frozen=True)
 class Tile:
-    """How a gather splits its work: neighbours that a warp takes at once, warps a block."""
+    """How a gather splits its work: neighbours that a warp takes at once, blocks an SM is to hold."""
 
     each: int
-    warps: int
+    blocks: int
 
 
 def gather_kv_tile(records: int) -> Tile:
-    """The tile for T * k records. bench/results/h200-kv-tiles.txt, H200, cold, v4, k = 1024:
-
-    1,024 records take 3.05 us by ones and 3.16 by twos; twos take 17.2 us for 32,768 records, 58.3 for 131,072 and 440
-    for 1,048,576. Fours are 2 % ahead at 32,768 only, with spills, and behind above.
-    """
-    return Tile(1, 4) if records <= 4096 else Tile(2, 4)
+    """The tile for T * k records. bench/results/h200-kv-tiles.txt has them timed against one another."""
+    if records <= 2048:
+        return Tile(1, 8)
+    return Tile(4, 4) if records <= 49152 else Tile(2, 6)
 
 
-def gather_kv_instance(tile: Tile, record: str, entries: int) -> str:
+def gather_kv_rounds(max_blocks: int) -> int:
+    """Rounds in which a block fetches a table's row; 0: too long (or empty), a lane looks up what it needs."""
+    return next((n for n in GATHER_KV_ROUNDS if 0 < max_blocks <= n * 32 * GATHER_KV_WARPS), 0)
+
+
+def gather_kv_instance(tile: Tile, rounds: int, record: str, entries: int) -> str:
     """The instantiation for a record and page."""
-    return f"gather_kv<{RECORDS[record][0]}, {entries}, {tile.each}, {tile.warps}>"
+    return f"gather_kv<{RECORDS[record][0]}, {entries}, {tile.each}, {tile.blocks}, {rounds}>"
 
 
 def gather_kv_slots_instance(tile: Tile, record: str, entries: int, slot: np.dtype[Any]) -> str:
     """The instantiation for a record, page and type of slots."""
     kind = "int" if slot == I32 else "long long"
-    return f"gather_kv_slots<{RECORDS[record][0]}, {entries}, {kind}, {tile.each}, {tile.warps}>"
+    return f"gather_kv_slots<{RECORDS[record][0]}, {entries}, {kind}, {tile.each}, {tile.blocks}>"
+
+
+def gather_kv_grid(tile: Tile, T: int, k: int) -> tuple[int, int, int]:
+    """(blocks a list, y, z), y * z >= T tokens: one dimension of a grid holds no more than 65,535."""
+    z = _ceil(T, 65535)
+    return _ceil(k, tile.each * GATHER_KV_WARPS), _ceil(T, z), z
 
 
 def _out_strides(out: View | None, k: int) -> tuple[np.int64, np.int64]:
@@ -316,11 +329,12 @@ def _plan_gather_kv(call: Call) -> Plan:
         raise ArgumentError(f"gather_kv: {T} tokens and a block_table of {B} rows; give row, or a row for every token")
     ready = None
     if T * k:
+        check_range("gather_kv", "T * k", T * k, 1, 2**31 - 1)
         tile = gather_kv_tile(T * k)
-        warps = check_range("gather_kv", "T * k", T * _ceil(k, tile.each), 1, 2**31 - 1)
-        ready = load(GATHER_KV, gather_kv_instance(tile, record, entries), call.device).prepare(
-            _ceil(warps, tile.warps),
-            32 * tile.warps,
+        name = gather_kv_instance(tile, gather_kv_rounds(max_blocks), record, entries)
+        ready = load(GATHER_KV, name, call.device).prepare(
+            gather_kv_grid(tile, T, k),
+            32 * GATHER_KV_WARPS,
             *(POINTER,) * 2,
             np.uint64(0) if row is None else POINTER,
             *(POINTER,) * 2,
@@ -356,12 +370,12 @@ def _plan_gather_kv_slots(call: Call) -> Plan:
     _check_pages("gather_kv_slots", pages, entries, nbytes)
     ready = None
     if T * k:
+        check_range("gather_kv_slots", "T * k", T * k, 1, 2**31 - 1)
         tile = gather_kv_tile(T * k)
-        warps = check_range("gather_kv_slots", "T * k", T * _ceil(k, tile.each), 1, 2**31 - 1)
         name = gather_kv_slots_instance(tile, record, entries, slots.dtype)
         ready = load(GATHER_KV, name, call.device).prepare(
-            _ceil(warps, tile.warps),
-            32 * tile.warps,
+            gather_kv_grid(tile, T, k),
+            32 * GATHER_KV_WARPS,
             *(POINTER,) * 3,
             *(np.int32(n) for n in (T, k, P)),
             *(np.int64(v.strides[0]) for v in (slots, pages)),
@@ -552,16 +566,18 @@ _COMPUTE_VALID_LENS = Operation(
 
 # The pages of the released models' caches, with register budgets.
 _PAGES = tuple((record, entries) for record in RECORDS for entries in (ENTRIES, HCA_ENTRIES))
+_GATHERS = tuple((gather_kv_tile(records), budget) for records, budget in ((1, 32), (2**13, 64), (2**20, 40)))
 INSTANCES = (
     *(
-        Instance(GATHER_KV, gather_kv_instance(gather_kv_tile(records), record, entries), 40)
+        Instance(GATHER_KV, gather_kv_instance(tile, rounds, record, entries), budget)
         for record, entries in _PAGES
-        for records in (1, 2**20)
+        for tile, budget in _GATHERS
+        for rounds in (0, *GATHER_KV_ROUNDS)
     ),
     *(
-        Instance(GATHER_KV, gather_kv_slots_instance(gather_kv_tile(records), record, entries, slot), 40)
+        Instance(GATHER_KV, gather_kv_slots_instance(tile, record, entries, slot), budget)
         for record, entries in _PAGES
-        for records in (1, 2**20)
+        for tile, budget in _GATHERS
         for slot in (I32, I64)
     ),
     *(Instance(APPEND_KV, append_kv_instance(record, entries), 40) for record, entries in _PAGES),

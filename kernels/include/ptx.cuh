@@ -54,6 +54,19 @@ __device__ __forceinline__ uint4 load_once(const void* p) {
     return v;
 }
 
+// The same for 8 bytes.
+__device__ __forceinline__ uint2 load_once8(const void* p) {
+    uint2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+    return v;
+}
+
+// Store 16 bytes that this kernel does not touch again: not kept in L1.
+__device__ __forceinline__ void store_once(void* p, uint4 v) {
+    asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :: "l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
 // 16 bytes that another block of this grid may have written: past L1, which is not coherent.
 __device__ __forceinline__ float4 load_shared_by_grid(const float* p) {
     float4 v;

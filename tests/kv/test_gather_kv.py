@@ -5,8 +5,8 @@ import pytest
 from caches import BF16, activations, filled, page_bytes, poisoned, same_bits
 
 from dsv4_rt import ArgumentError
-from dsv4_rt.kv import reference
-from dsv4_rt.kv.ops import RECORDS, gather_kv, gather_kv_slots, gather_kv_tile
+from dsv4_rt.kv import ops, reference
+from dsv4_rt.kv.ops import RECORDS, gather_kv, gather_kv_slots
 
 
 def lists(rng, T, k, B, blocks, P, entries):
@@ -54,17 +54,49 @@ def test_slots(device, rng, record, dtype):
     same_bits(device.numpy(got), reference.gather_kv_slots(slots, pages, record))
 
 
+TILES = [ops.gather_kv_tile(records) for records in (1, 2**13, 2**20)]
+
+
 @pytest.mark.parametrize("record", RECORDS)
-def test_many_records_take_the_other_tile(device, rng, record):
-    T, k, P = 3, 1367, 6  # just past the change, no multiple of 4
-    assert gather_kv_tile(T * k).each > gather_kv_tile(1).each
+@pytest.mark.parametrize(("blocks", "rounds"), [(6, 1), (256, 1), (257, 4), (1024, 4), (1025, 0)])
+@pytest.mark.parametrize("number", range(len(TILES)))
+def test_every_tile_and_length_of_table(device, rng, monkeypatch, record, blocks, rounds, number):
+    """Lists that fill no block of any tile, and table rows that a block fetches, in one round or four, or does not."""
+    assert ops.gather_kv_rounds(blocks) == rounds
+    monkeypatch.setattr(ops, "gather_kv_tile", lambda records: TILES[number])
+    blocks_a_list = ops.gather_kv_grid(TILES[number], 3, 37 + number)[0]
+    monkeypatch.setattr(ops, "gather_kv_grid", lambda tile, T, k: (blocks_a_list, 2, 2))  # as where T passes 65,535
+    T, k, P = 3, 37 + number, 6  # a shape of its own: plans are kept
     pages = filled(rng, P, record, 64)
-    index, table = lists(rng, T, k, T, 4, P, 64)
+    index, table = lists(rng, T, k, T, blocks, P, 64)
+    index[0, :3] = [blocks * 64 - 1, blocks * 64, 0]  # the last entry there is, the first there is not
+    table[0, [0, -1]] = [2, 3]
     got = gather_kv(*[device.array(x) for x in (index, table, pages)], record=record)
     same_bits(device.numpy(got), reference.gather_kv(index, table, pages, record))
     slots = rng.integers(-3, P * 64 + 3, (T, k))
     got = gather_kv_slots(device.array(slots), device.array(pages), record=record)
     same_bits(device.numpy(got), reference.gather_kv_slots(slots, pages, record))
+
+
+def test_tiles_and_grids():
+    assert len(set(TILES)) == len(TILES)
+    assert ops.gather_kv_rounds(0) == 0
+    for tile in TILES:
+        assert ops.gather_kv_grid(tile, 65535, 1) == (1, 65535, 1)
+        x, y, z = ops.gather_kv_grid(tile, 2**20 + 1, 1000)
+        assert x * 8 * tile.each >= 1000 > (x - 1) * 8 * tile.each
+        assert max(y, z) <= 65535
+        assert y * z >= 2**20 + 1
+
+
+@pytest.mark.gpu
+def test_more_tokens_than_one_dimension_of_a_grid(gpu, rng):
+    T, k, P = 70_001, 2, 5
+    pages = filled(rng, P, "v4", 64)
+    index, table = lists(rng, T, k, 7, 3, P, 64)
+    row = rng.integers(-1, 8, T).astype(np.int32)
+    got = gather_kv(*[gpu.array(x) for x in (index, table, pages)], row=gpu.array(row))
+    same_bits(gpu.numpy(got), reference.gather_kv(index, table, pages, "v4", 64, row))
 
 
 @pytest.mark.parametrize("record", RECORDS)
@@ -110,11 +142,13 @@ def test_nothing_and_nowhere(device, rng):
         empty = device.array(np.empty((T, k), np.int32))
         assert gather_kv(empty, table, pages).shape == (T, k, 512)
         assert gather_kv_slots(empty, pages).shape == (T, k, 512)
+    index = device.array(np.zeros((2, 9), np.int32))
+    empty = device.array(np.empty((2, 0), np.int32))  # tables without a block
+    assert not device.numpy(gather_kv(index, empty, pages)).view(np.uint16).any()
     nowhere = device.array(np.full((2, 9), -1, np.int32))
     assert not device.numpy(gather_kv(nowhere, table, pages)).view(np.uint16).any()
     assert not device.numpy(gather_kv_slots(nowhere, pages)).view(np.uint16).any()
     none = pages[:0]
-    index = device.array(np.zeros((2, 9), np.int32))
     assert not device.numpy(gather_kv(index, table, none)).view(np.uint16).any()
 
 
