@@ -260,7 +260,7 @@ GATHER_KV = "kv/gather_kv.cu"
 
 
 GATHER_KV_WARPS = 8  # a block
-GATHER_KV_ROUNDS = (1, 4)  # of 256 ids: how much of a table's row a block may fetch at once
+GATHER_KV_ROW = 1024  # ids: the longest row of a table that a block fetches whole
 
 
 @dataclass(frozen=True)
@@ -278,14 +278,10 @@ def gather_kv_tile(records: int) -> Tile:
     return Tile(4, 4) if records <= 49152 else Tile(2, 6)
 
 
-def gather_kv_rounds(max_blocks: int) -> int:
-    """Rounds in which a block fetches a table's row; 0: too long (or empty), a lane looks up what it needs."""
-    return next((n for n in GATHER_KV_ROUNDS if 0 < max_blocks <= n * 32 * GATHER_KV_WARPS), 0)
-
-
-def gather_kv_instance(tile: Tile, rounds: int, record: str, entries: int) -> str:
-    """The instantiation for a record and page."""
-    return f"gather_kv<{RECORDS[record][0]}, {entries}, {tile.each}, {tile.blocks}, {rounds}>"
+def gather_kv_instance(tile: Tile, max_blocks: int, record: str, entries: int) -> str:
+    """The instantiation for a length of the table's rows, a record and page."""
+    tabled = "true" if 0 < max_blocks <= GATHER_KV_ROW else "false"
+    return f"gather_kv<{RECORDS[record][0]}, {entries}, {tile.each}, {tile.blocks}, {tabled}>"
 
 
 def gather_kv_slots_instance(tile: Tile, record: str, entries: int, slot: np.dtype[Any]) -> str:
@@ -331,7 +327,7 @@ def _plan_gather_kv(call: Call) -> Plan:
     if T * k:
         check_range("gather_kv", "T * k", T * k, 1, 2**31 - 1)
         tile = gather_kv_tile(T * k)
-        name = gather_kv_instance(tile, gather_kv_rounds(max_blocks), record, entries)
+        name = gather_kv_instance(tile, max_blocks, record, entries)
         ready = load(GATHER_KV, name, call.device).prepare(
             gather_kv_grid(tile, T, k),
             32 * GATHER_KV_WARPS,
@@ -569,10 +565,10 @@ _PAGES = tuple((record, entries) for record in RECORDS for entries in (ENTRIES, 
 _GATHERS = tuple((gather_kv_tile(records), budget) for records, budget in ((1, 32), (2**13, 64), (2**20, 40)))
 INSTANCES = (
     *(
-        Instance(GATHER_KV, gather_kv_instance(tile, rounds, record, entries), budget)
+        Instance(GATHER_KV, gather_kv_instance(tile, max_blocks, record, entries), budget)
         for record, entries in _PAGES
         for tile, budget in _GATHERS
-        for rounds in (0, *GATHER_KV_ROUNDS)
+        for max_blocks in (GATHER_KV_ROW, GATHER_KV_ROW + 1)
     ),
     *(
         Instance(GATHER_KV, gather_kv_slots_instance(tile, record, entries, slot), budget)

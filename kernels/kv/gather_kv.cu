@@ -10,21 +10,23 @@
 //           A NaN comes out as 0x7fff, rope as it lies there. An index, slot, row or page id outside its range (-1
 //           above all) gives zeros, and nothing is read for it.
 // Work      a warp takes EACH neighbours of one token's list. Its block first fetches the token's row of the table beside
-//           the indices, if that has at most ROUNDS * 256 ids, and then a lane finds the page of one record; then all
-//           their bytes are in flight together: two 8 B loads of codes (or one, and 16 B of rope) and two 16 B stores a
-//           lane, all past L1.
+//           the indices, if it is TABLED, and then a lane finds the page of one record; then all their bytes are in flight
+//           together: two 8 B loads of codes (or one, and 16 B of rope) and two 16 B stores a lane, all past L1. While it
+//           waits for the kernel before it, it asks for the lines of indices and of the row.
 // Cost      reads 4 B of index and of table (8 B a slot), 584 (V4) or 580 (Split) B a record, writes 1024 B. Bound by
 //           HBM bandwidth, a scale costing a whole sector; by the latency of dependent loads where there are few.
-// Launch    gather_kv<Record, N, EACH, BLOCKS, ROUNDS>, gather_kv_slots<Record, N, Slot, EACH, BLOCKS>: Record V4 or
-//           Split, N entries a page, Slot int or long long, BLOCKS an SM is to hold, ROUNDS 0, or max_blocks from 1 to
-//           ROUNDS * 256. block = 256, no dynamic shared memory, grid = (ceil(k / EACH / 8), y, z) with y * z >= T.
-//           Host returns at T * k = 0. May follow a kernel by programmatic dependent launch.
+// Launch    gather_kv<Record, N, EACH, BLOCKS, TABLED>, gather_kv_slots<Record, N, Slot, EACH, BLOCKS>: Record V4 or
+//           Split, N entries a page, Slot int or long long, BLOCKS an SM is to hold; TABLED: 1 <= max_blocks <= 1024.
+//           block = 256, no dynamic shared memory, grid = (ceil(k / EACH / 8), y, z) with y * z >= T. Host returns at
+//           T * k = 0. May follow a kernel by programmatic dependent launch.
 
 #include "kv_records.cuh"
 #include "ptx.cuh"
 
 constexpr int WARPS   = 8;                           // of a block
 constexpr int THREADS = LANES * WARPS;
+constexpr int ROUNDS  = 4;                           // of THREADS ids, in which a block fetches a row of the table
+constexpr int LINE    = 32;                          // ids in a line of L2
 
 // What lane i % EACH knows, in every lane.
 template <int EACH>
@@ -80,7 +82,7 @@ struct Mine {
     int listed = first + lane % EACH;
 };
 
-template <typename Record, int N, int EACH, int BLOCKS, int ROUNDS>
+template <typename Record, int N, int EACH, int BLOCKS, bool TABLED>
 __global__ void __launch_bounds__(THREADS, BLOCKS)
 gather_kv(const int* topk_indices,                   // [T, k]           rows topk_stride apart
           const int* block_table,                    // [B, max_blocks]  rows table_stride apart
@@ -90,20 +92,27 @@ gather_kv(const int* topk_indices,                   // [T, k]           rows to
           int T, int k, int B, int max_blocks, int P,
           i64 topk_stride, i64 table_stride, i64 page_stride, i64 out_token, i64 out_entry)
 {
+    // Ask for what is known to be wanted; the token's blocks share the lines of its row.
     const Mine<EACH> my;
+    if (my.t >= u32(T)) return;
+    const int* list = topk_indices + my.t * topk_stride + my.listed;
+    if (my.lane == 0 && my.listed < k) prefetch_l2(list);
+    if (threadIdx.x == 0 && !row && my.t < u32(B)) {
+        const int* table = block_table + my.t * table_stride;
+        for (u32 i = blockIdx.x * LINE; i < u32(max_blocks); i += gridDim.x * LINE) prefetch_l2(table + i);
+    }
     wait_for_dependency();
     let_dependents_start();
-    if (my.t >= u32(T)) return;
 
     // Its index and its page.
     int index = -1;
-    if (my.listed < k) index = topk_indices[my.t * topk_stride + my.listed];
+    if (my.listed < k) index = *list;
     const int r = row ? row[my.t] : int(my.t);
     const bool known = u32(r) < u32(B);
     const int* table = block_table + (known ? r : 0) * table_stride;
     const int block  = index >= 0 && known ? int(u32(index) / N) : max_blocks;
     int id = -1;
-    if constexpr (ROUNDS > 0) {
+    if constexpr (TABLED) {
         __shared__ int ids[ROUNDS * THREADS];
         int got[ROUNDS];                             // all in flight together: past the row's end its last id again
 #pragma unroll
@@ -128,12 +137,14 @@ gather_kv_slots(const Slot* slots,                   // [T, k]       rows slots_
                 i64 slots_stride, i64 page_stride, i64 out_token, i64 out_entry)
 {
     const Mine<EACH> my;
+    if (my.t >= u32(T)) return;
+    const Slot* list = slots + my.t * slots_stride + my.listed;
+    if (my.lane == 0 && my.listed < k) prefetch_l2(list);
     wait_for_dependency();
     let_dependents_start();
-    if (my.t >= u32(T)) return;
 
     i64 slot = -1;
-    if (my.listed < k) slot = slots[my.t * slots_stride + my.listed];
+    if (my.listed < k) slot = *list;
     const u64 page = u64(slot) / N;                  // a negative slot is a huge one
     gather<Record, N, EACH>(pages, page_stride, P, page < u64(P) ? int(page) : -1, int(u64(slot) % N), k - my.first,
                             my.lane, out + my.t * out_token + my.first * out_entry, out_entry);

@@ -58,11 +58,10 @@ TILES = [ops.gather_kv_tile(records) for records in (1, 2**13, 2**20)]
 
 
 @pytest.mark.parametrize("record", RECORDS)
-@pytest.mark.parametrize(("blocks", "rounds"), [(6, 1), (256, 1), (257, 4), (1024, 4), (1025, 0)])
+@pytest.mark.parametrize("blocks", [6, 1024, 1025])
 @pytest.mark.parametrize("number", range(len(TILES)))
-def test_every_tile_and_length_of_table(device, rng, monkeypatch, record, blocks, rounds, number):
-    """Lists that fill no block of any tile, and table rows that a block fetches, in one round or four, or does not."""
-    assert ops.gather_kv_rounds(blocks) == rounds
+def test_every_tile_and_length_of_table(device, rng, monkeypatch, record, blocks, number):
+    """Lists that fill no block of any tile, and table rows that a block fetches whole, or does not."""
     monkeypatch.setattr(ops, "gather_kv_tile", lambda records: TILES[number])
     blocks_a_list = ops.gather_kv_grid(TILES[number], 3, 37 + number)[0]
     monkeypatch.setattr(ops, "gather_kv_grid", lambda tile, T, k: (blocks_a_list, 2, 2))  # as where T passes 65,535
@@ -80,7 +79,8 @@ def test_every_tile_and_length_of_table(device, rng, monkeypatch, record, blocks
 
 def test_tiles_and_grids():
     assert len(set(TILES)) == len(TILES)
-    assert ops.gather_kv_rounds(0) == 0
+    names = [ops.gather_kv_instance(TILES[0], blocks, "v4", 64) for blocks in (0, 1, 1024, 1025)]
+    assert names[0] == names[3] != names[1] == names[2]
     for tile in TILES:
         assert ops.gather_kv_grid(tile, 65535, 1) == (1, 65535, 1)
         x, y, z = ops.gather_kv_grid(tile, 2**20 + 1, 1000)
