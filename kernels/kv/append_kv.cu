@@ -55,7 +55,8 @@ __device__ __forceinline__ void encode(V4, const float (&v)[2][CHUNK], int lane,
 // Every x / scale by one reciprocal and a correction that rounds as a division does: the reciprocal is the nearest one,
 // nothing overflows below an infinity, and where a residual underflows the code is 0.
 __device__ __forceinline__ void encode(Split, const float (&v)[2][CHUNK], int lane, uint2 (&codes)[2], u8* scales) {
-    const float amax  = group_max<LANES>(fmaxf(amax8(v[0]), lane < CODE_LANES ? amax8(v[1]) : 0.0f));
+    const float mine  = fmaxf(amax8(v[0]), lane < CODE_LANES ? amax8(v[1]) : 0.0f);
+    const float amax  = __uint_as_float(lanes_max(__float_as_uint(mine)));   // no NaN, not negative: ordered as bits are
     const float scale = fminf(fmaxf(amax, AMAX_FLOOR), BF16_MAX) / E4M3_MAX;
     if (lane == 0) *reinterpret_cast<float*>(scales) = scale;
     if (amax <= BF16_MAX) {                                  // the whole warp
