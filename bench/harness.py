@@ -170,3 +170,14 @@ def write_readme(marker, text):
     start = whole.index(f"<!-- bench:{marker} -->") + len(f"<!-- bench:{marker} -->")
     end = whole.index("<!-- end -->", start)
     path.write_text(f"{whole[:start]}\n{text.strip()}\n{whole[end:]}")
+
+
+def main(doc, marker, measured, show, readme_table):
+    """A bench script: rows from measured() -> (facts, rows), or from a file, to be shown, kept, put into the README."""
+    options = arguments(doc).parse_args()
+    facts, rows = read_out(options.recorded) if options.recorded else measured()
+    show(rows)
+    if options.out:
+        write_out(options.out, facts, rows)
+    if options.readme:
+        write_readme(marker, readme_table(facts, rows))

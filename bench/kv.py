@@ -11,7 +11,7 @@ The error column counts elements (gathers) or bytes (appends) that differ from t
 
 import cupy
 import numpy as np
-from harness import Bench, arguments, read_out, write_out, write_readme
+from harness import Bench, main
 from memory_kernels import copy_roofs, timing
 from router import captured_by_torch
 
@@ -76,7 +76,7 @@ def by_torch_and_triton(bench, launches, chain, kernels):
     return {"torch_us": torch_us, "triton_us": triton_us}
 
 
-def measured(bench, launch, launches, repeats=REPEATS):
+def serial_and_pdl(bench, launch, launches, repeats=REPEATS):
     """Device time of launch(i, stream, pdl): (median, p10, p90) one after another, and the median with early starts."""
 
     def every(pdl):
@@ -99,7 +99,7 @@ def gather(bench, record, pages, T, one_output=False):
         index, table, out = sets[i % len(sets)]
         gather_kv(index, table, pages, record=record, out=out, stream=stream, pdl=pdl)
 
-    timed = measured(bench, launch, launches, 11 if T >= 128 else REPEATS)
+    timed = serial_and_pdl(bench, launch, launches, 11 if T >= 128 else REPEATS)
     wrong = 0
     for i in range(2):
         launch(i)
@@ -150,7 +150,7 @@ def append(bench, record, pages, T):
         x, slots = sets[i % len(sets)]
         append_kv(x, slots, pages, record=record, stream=stream, pdl=pdl)
 
-    timed = measured(bench, launch, launches)
+    timed = serial_and_pdl(bench, launch, launches)
     x, slots = sets[0]
     launch(0)
     used = np.unique(slots[:256].get() // ENTRIES)
@@ -193,7 +193,7 @@ def index_keys(bench, record, rotate, T):
         x, slots = sets[i % len(sets)]
         append_index_keys(x, slots, pages, record=record, rotate=rotate, stream=stream, pdl=pdl)
 
-    timed = measured(bench, launch, launches)
+    timed = serial_and_pdl(bench, launch, launches)
     x, slots = sets[0]
     pages.fill(0)
     launch(0)
@@ -243,7 +243,7 @@ def valid_lens(bench, T):
         positions, table, rows, out = sets[i]
         compute_valid_lens(positions, table, 4, row=rows, out=out, stream=stream, pdl=pdl)
 
-    timed = measured(bench, launch, launches)
+    timed = serial_and_pdl(bench, launch, launches)
     wrong = 0
     for positions, table, rows, out in sets[:2]:
         want = reference.compute_valid_lens(positions.get(), table.get(), 4, ENTRIES, rows.get())
@@ -343,23 +343,14 @@ def readme_table(facts, rows):
     return "\n".join(lines)
 
 
-def main():
-    options = arguments(__doc__).parse_args()
-    if options.recorded:
-        facts, rows = read_out(options.recorded)
-    else:
-        bench = Bench("bench/kv.py")
-        bench.copy_roof = copy_roofs(bench)[0]
-        facts = {**bench.facts, "copy_roof_GBps": round(bench.copy_roof, 1)}
-        rows = measure(bench)
-        bench.header(f"kv kernels; gathers of k = {K}: records -> bf16 [T, {K}, 512]")
-        print(f"roof by cudaMemcpyAsync within the GPU: {bench.copy_roof:.0f} GB/s\n")
-    show(rows)
-    if options.out:
-        write_out(options.out, facts, rows)
-    if options.readme:
-        write_readme("kv", readme_table(facts, rows))
+def measured():
+    bench = Bench("bench/kv.py")
+    bench.copy_roof = copy_roofs(bench)[0]
+    rows = measure(bench)
+    bench.header(f"kv kernels; gathers of k = {K}: records -> bf16 [T, {K}, 512]")
+    print(f"roof by cudaMemcpyAsync within the GPU: {bench.copy_roof:.0f} GB/s\n")
+    return {**bench.facts, "copy_roof_GBps": round(bench.copy_roof, 1)}, rows
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, "kv", measured, show, readme_table)

@@ -11,7 +11,7 @@ import itertools
 import cupy
 import numpy as np
 from cuda.bindings import driver
-from harness import Bench, arguments, read_out, write_out, write_readme
+from harness import Bench, main
 
 import dsv4_rt
 from dsv4_rt.compile import compile
@@ -92,23 +92,18 @@ def readme_table(f, rows):
     return "\n".join(lines)
 
 
-def main():
-    options = arguments(__doc__).parse_args()
-    if options.recorded:
-        facts, rows = read_out(options.recorded)
-    else:
-        bench = Bench("bench/launch.py")
-        rows = measure(bench)
-        facts = bench.facts
-        bench.header("host time of one launch, activation_topk on one token; ratio to cuda.core's launch in this run")
+def show(rows):
     print(f"{'':38}{'us':>8}{'ratio':>8}")
     for row in rows:
         print(f"{row['arm']:38}{row['us']:8.2f}{row['ratio']:7.2f}x")
-    if options.out:
-        write_out(options.out, facts, rows)
-    if options.readme:
-        write_readme("launch", readme_table(facts, rows))
+
+
+def measured():
+    bench = Bench("bench/launch.py")
+    rows = measure(bench)
+    bench.header("host time of one launch, activation_topk on one token; ratio to cuda.core's launch in this run")
+    return bench.facts, rows
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, "launch", measured, show, readme_table)

@@ -8,7 +8,7 @@ run. The error column counts bytes that differ from the oracle's, on a sample of
 
 import cupy
 import numpy as np
-from harness import Bench, arguments, read_out, write_out, write_readme
+from harness import Bench, main
 from kv import by_torch_and_triton, ratio, torch_of
 from memory_kernels import copy_roofs, timing
 
@@ -243,23 +243,14 @@ def readme_table(facts, rows):
     return "\n".join(lines)
 
 
-def main():
-    options = arguments(__doc__).parse_args()
-    if options.recorded:
-        facts, rows = read_out(options.recorded)
-    else:
-        bench = Bench("bench/linear.py")
-        bench.copy_roof = copy_roofs(bench)[0]
-        facts = {**bench.facts, "copy_roof_GBps": round(bench.copy_roof, 1)}
-        rows = measure(bench)
-        bench.header(f"FP4 kernels, [M, {K}]")
-        print(f"roof by cudaMemcpyAsync within the GPU: {bench.copy_roof:.0f} GB/s\n")
-    show(rows)
-    if options.out:
-        write_out(options.out, facts, rows)
-    if options.readme:
-        write_readme("linear", readme_table(facts, rows))
+def measured():
+    bench = Bench("bench/linear.py")
+    bench.copy_roof = copy_roofs(bench)[0]
+    rows = measure(bench)
+    bench.header(f"FP4 kernels, [M, {K}]")
+    print(f"roof by cudaMemcpyAsync within the GPU: {bench.copy_roof:.0f} GB/s\n")
+    return {**bench.facts, "copy_roof_GBps": round(bench.copy_roof, 1)}, rows
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, "linear", measured, show, readme_table)

@@ -12,7 +12,7 @@ import time
 
 import cupy
 import numpy as np
-from harness import Bench, arguments, read_out, write_out, write_readme
+from harness import Bench, main
 from router import captured_by_torch
 
 import dsv4_rt
@@ -273,26 +273,15 @@ def readme_table(facts, rows):
     return "\n".join(lines)
 
 
-def main():
-    options = arguments(__doc__).parse_args()
-    if options.recorded:
-        facts, rows = read_out(options.recorded)
-    else:
-        bench = Bench("bench/memory_kernels.py")
-        bench.copy_roof, bench.host_roof = copy_roofs(bench)
-        roofs = {"copy_roof_GBps": round(bench.copy_roof, 1), "host_roof_GBps": round(bench.host_roof, 1)}
-        facts = {**bench.facts, **roofs}
-        rows = measure(bench)
-        bench.header("the pool's own kernels: a step's tables uploaded, pages of Flash copied")
-        print(
-            f"roofs by cudaMemcpyAsync, GB/s: {bench.copy_roof:.0f} in the GPU, {bench.host_roof:.0f} from the host\n"
-        )
-    show(rows)
-    if options.out:
-        write_out(options.out, facts, rows)
-    if options.readme:
-        write_readme("memory_kernels", readme_table(facts, rows))
+def measured():
+    bench = Bench("bench/memory_kernels.py")
+    bench.copy_roof, bench.host_roof = copy_roofs(bench)
+    rows = measure(bench)
+    bench.header("the pool's own kernels: a step's tables uploaded, pages of Flash copied")
+    print(f"roofs by cudaMemcpyAsync, GB/s: {bench.copy_roof:.0f} in the GPU, {bench.host_roof:.0f} from the host\n")
+    roofs = {"copy_roof_GBps": round(bench.copy_roof, 1), "host_roof_GBps": round(bench.host_roof, 1)}
+    return {**bench.facts, **roofs}, rows
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, "memory_kernels", measured, show, readme_table)
