@@ -83,6 +83,16 @@ def test_edge_values(device, rng, record, rotate):
     check(device, x.astype(BF16), np.arange(64, 64 + len(x)), poisoned(2, record), record, rotate)
 
 
+@forms
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_one_special_value_among_eight_keys(device, rng, record, rotate, value):
+    """In every key of a warp and every eighth of a key in turn: no test of finiteness leaves a lane out."""
+    x = activations(rng, 128, 128)
+    i = np.arange(16)
+    x[8 * i + i % 8, 8 * i + i % 7] = value
+    check(device, x, np.arange(64, 192), poisoned(3, record), record, rotate)
+
+
 def test_rotation_is_the_hadamard_matrix(rng):
     """The oracle's butterflies against the matrix (-1)^popcount(i & j), in float64.
 
