@@ -6,6 +6,7 @@
 #pragma once
 
 #include "fp4.cuh"
+#include "warp.cuh"
 
 template <bool TILED>
 struct Scales {
@@ -19,6 +20,22 @@ struct Scales {
     }
     __device__ __forceinline__ static constexpr int apart(int columns) { return TILED ? columns / 4 * 512 : columns; }
 };
+
+// Zero the scales of the rows past M in the 128x4 layout: one warp, tiles first, first + step ..; sf 16 B aligned.
+__device__ __forceinline__ void clear_rows(u8* sf, int M, int width, int first, int step) {
+    const int tiles = width / 4, row = M / 128 * 128 + threadIdx.x % LANES;
+#pragma unroll 4
+    for (int tile = first; tile < tiles; tile += step) {
+        u8* at = sf + offset_128x4(row, 4 * tile, tiles);            // of rows row, row + 32, row + 64, row + 96
+        if (row >= M) {
+            *reinterpret_cast<uint4*>(at) = make_uint4(0, 0, 0, 0);
+        } else {
+#pragma unroll
+            for (int k = 1; k < 4; ++k)
+                if (row + 32 * k >= M) reinterpret_cast<u32*>(at)[k] = 0;
+        }
+    }
+}
 
 // Blocks j, j + THREADS .. of a row of `blocks`, from where block j lies; zeros beyond the row.
 template <int THREADS, int ITEMS, typename T>
