@@ -345,11 +345,11 @@ class FewTile:
 def quantize_nvfp4_tile(M: int, K: int) -> Tile | FewTile:
     """The tile for a shape. bench/results/h200-linear-tiles.txt, measured at K = 7168, chose the numbers."""
     blocks = K // NVFP4_GROUP
-    if M <= FEW_ROWS and blocks <= 448:
+    if M <= 64 and blocks <= 448:
         threads = 128 if blocks <= 256 else 224
-        if M <= 32:
-            return FewTile(threads, 8, 4)
-        return FewTile(threads, 16, 2) if M <= 64 else FewTile(2 * threads, 16, 1)
+        return FewTile(threads, 8, 4) if M <= 32 else FewTile(threads, 16, 2)
+    if M <= FEW_ROWS and blocks <= 448:
+        return Tile(256 if blocks <= 256 else 448, 1)
     if blocks <= 512:
         return Tile(64 if blocks <= 256 else 128, 4)
     return Tile(128 if blocks <= 1024 else 256, 8)
@@ -597,10 +597,10 @@ _DEQUANTIZE_MXFP4 = Operation("dequantize_mxfp4", ("q", "sf"), ("out",), _plan_d
 
 _FORMS = tuple((kind, tiled) for kind in ("bf16", "float") for tiled in ("false", "true"))
 # Every tile, with its register budgets for bf16 and float32.
-_NVFP4_TILES = (
-    *((FewTile(threads, 8, 4), 48, 64) for threads in (128, 224)),
-    *((FewTile(threads, 16, 2), 48, 64) for threads in (128, 224)),
-    *((FewTile(threads, 16, 1), 48, 64) for threads in (256, 448)),
+_NVFP4_TILES: Final[tuple[tuple[Tile | FewTile, int, int], ...]] = (
+    *((FewTile(threads, 8, 4), 48, 56) for threads in (128, 224)),
+    *((FewTile(threads, 16, 2), 72, 72) for threads in (128, 224)),
+    *((Tile(threads, 1), 56, 56) for threads in (256, 448)),
     *((Tile(threads, 4), 80, 120) for threads in (64, 128)),
     *((Tile(threads, 8), 128, 176) for threads in (128, 256)),
 )

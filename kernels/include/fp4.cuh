@@ -91,7 +91,7 @@ struct Values {
 template <typename T>
 using Sixteen = Values<T, BLOCK>;
 
-// The amax() of several at once: no way is short.
+// The amax() of several at once, always the same way.
 template <typename T, int N, int COUNT>
 __device__ __forceinline__ float amax_of(const Values<T, N> (&v)[COUNT]) {
     float most = 0.0f;

@@ -8,13 +8,16 @@
 // Numerics  bit-exact: fp32 IEEE operations in the order written, conversions round to nearest even and saturate. NaN is
 //           ignored in amax and encodes as 7, an infinity counts as the largest finite of x's dtype, -0 is kept.
 // Work      a thread takes ITEMS blocks of 16, THREADS apart: two or four 16 B loads, one 8 B store of codes, one byte
-//           of scale each. By row: one block of threads a row, the row in registers between amax and codes; few rows
-//           are shared by several, each of which reads all of the row and encodes a part. By tensor: tensor_amax leaves
-//           a maximum of each of its blocks, quantize_nvfp4_tensor begins by taking the largest.
+//           of scale each. By row: one block of threads a row, the row in registers between amax and codes. Few rows
+//           are shared by PARTS blocks of threads: each reads all of the row, a chunk of VALUES from every part a
+//           thread, and encodes its own part; with 8 values two neighbours share a block of 16. By tensor: tensor_amax
+//           leaves a maximum of each of its blocks, quantize_nvfp4_tensor begins by taking the largest.
 // Cost      reads 2 (4) B a value once (tensor: twice), writes 9/16 B. Between HBM bandwidth and instruction issue (16 or
 //           17 instructions a value on sm_90a, 6 of them to round to e2m1); by latency where there are few rows.
 // Launch    quantize_nvfp4<T, THREADS, ITEMS, TILED>: T bf16 or float, K <= 16 * ITEMS * THREADS, block = THREADS,
-//           grid = (M, ceil(scales of a row / share)), share a multiple of 4. quantize_nvfp4_tensor<T, ITEMS, TILED>,
+//           grid = M. quantize_nvfp4_few<T, THREADS, VALUES, PARTS, TILED>: VALUES 8 or 16, K <= THREADS * VALUES * PARTS,
+//           grid = (M, ceil(values of a row / VALUES / THREADS)), block = THREADS; with TILED scales padded to 4, and one
+//           warp more where M is no multiple of 128: it zeroes the rows past M. quantize_nvfp4_tensor<T, ITEMS, TILED>,
 //           quantize_nvfp4_given<T, ITEMS, TILED>: block = 128, grid = (M, ceil(scales of a row / 128 / ITEMS)).
 //           TILED: scales in the 128x4 layout, padding zeroed; M rounded up to 128, scales of a row to 4.
 //           tensor_amax<T>: block 256, grid <= 512. Host returns at M * K = 0. Each may follow a kernel by programmatic
@@ -116,6 +119,7 @@ quantize_nvfp4(const T* x,                           // [M, K]     rows x_stride
     encode_strip<THREADS>(block, bits, from, scale, to, codes, sf + to.offset(t, j), j);
 }
 
+// One block a multiprocessor is enough: the compiler then spends registers to encode values side by side, not in turn.
 template <typename T, int THREADS, int VALUES, int PARTS, bool TILED>
 __global__ void __launch_bounds__(THREADS + LANES * TILED, 1)
 quantize_nvfp4_few(const T* x,                       // [M, K]     rows x_stride apart, 16 B aligned

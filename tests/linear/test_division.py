@@ -83,7 +83,7 @@ def test_only_a_divisor_of_all_ones_is_rounded_to_the_other_side(bits, fewest):
     assert found >= fewest
 
 
-@pytest.mark.parametrize("exponent", [-115, -114, 0, 127])  # the least two: where the quotient leaves the normal numbers
+@pytest.mark.parametrize("exponent", [-115, -114, 0, 127])  # the first two: g is cut to 2^-126
 def test_the_division_by_2688_is_exact(exponent):
     """For every float32 of a binade. The sum is taken in float64: no quotient by 21 is that near to a midpoint."""
     high = np.float32(1) / np.float32(21)
