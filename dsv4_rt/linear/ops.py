@@ -86,7 +86,8 @@ def quantize_nvfp4_tensor(
         x: [M, K] bfloat16 or float32, K a multiple of 16; 16 B aligned, rows may be strided.
         scale_layout: "rows" or "128x4".
         workspace: [nvfp4_partials(M, K)] float32, overwritten; allocated if None. A captured CUDA graph needs it given.
-        out: (q, sf, g) to write into, contiguous; allocated if None. A captured CUDA graph needs it given.
+        out: (q, sf, g) to write into, contiguous and aligned as quantize_nvfp4 wants them; allocated if None. A captured
+            CUDA graph needs it given.
         stream: the stream to launch on; the caller's current stream if None. Never synchronises.
         pdl: launch with programmatic stream serialisation.
 
@@ -125,7 +126,8 @@ def quantize_nvfp4_given(
         g: [1] or [M] float32, positive and finite; any other gives what the equations give in IEEE arithmetic.
         saturated: [1] int32, added to; the caller zeroes it.
         scale_layout: "rows" or "128x4".
-        out: (q, sf) to write into, contiguous; allocated if None. A captured CUDA graph needs it given.
+        out: (q, sf) to write into, contiguous and aligned as quantize_nvfp4 wants them; allocated if None. A captured
+            CUDA graph needs it given.
         stream: the stream to launch on; the caller's current stream if None. Never synchronises.
         pdl: launch with programmatic stream serialisation.
 
