@@ -86,8 +86,8 @@ def quantize_nvfp4_tensor(
         x: [M, K] bfloat16 or float32, K a multiple of 16; 16 B aligned, rows may be strided.
         scale_layout: "rows" or "128x4".
         workspace: [nvfp4_partials(M, K)] float32, overwritten; allocated if None. A captured CUDA graph needs it given.
-        out: (q, sf, g) to write into, contiguous and aligned as quantize_nvfp4 wants them; allocated if None. A captured
-            CUDA graph needs it given.
+        out: (q, sf, g) to write into, contiguous and aligned as quantize_nvfp4 wants them; allocated if None. A
+            captured CUDA graph needs it given.
         stream: the stream to launch on; the caller's current stream if None. Never synchronises.
         pdl: launch with programmatic stream serialisation.
 
