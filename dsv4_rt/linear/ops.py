@@ -23,6 +23,7 @@ LAYOUTS: Final = ("rows", "128x4")  # of block scales
 VECTOR: Final = 16  # bytes
 MAX_K: Final = 32768  # of quantize_nvfp4, whose rows lie in registers
 THREADS: Final = 256
+WARP: Final = 32  # threads
 STRIP: Final = 128  # threads of the kernels that need no row's maximum
 FEW_ROWS: Final = 256  # up to which latency counts, not instructions
 MAX_PARTIALS: Final = 512
@@ -50,7 +51,8 @@ def quantize_nvfp4(
     Args:
         x: [M, K] bfloat16 or float32, K a multiple of 16 up to 32768; 16 B aligned, rows may be strided.
         scale_layout: "rows", or "128x4": what tcgen05's block-scaled product reads.
-        out: (q, sf, g) to write into, contiguous; allocated if None. A captured CUDA graph needs it given.
+        out: (q, sf, g) to write into, contiguous; q 16 B aligned, with "128x4" sf too; allocated if None. A captured
+            CUDA graph needs it given.
         stream: the stream to launch on; the caller's current stream if None. Never synchronises.
         pdl: launch with programmatic stream serialisation.
 
@@ -84,7 +86,8 @@ def quantize_nvfp4_tensor(
         x: [M, K] bfloat16 or float32, K a multiple of 16; 16 B aligned, rows may be strided.
         scale_layout: "rows" or "128x4".
         workspace: [nvfp4_partials(M, K)] float32, overwritten; allocated if None. A captured CUDA graph needs it given.
-        out: (q, sf, g) to write into, contiguous; allocated if None. A captured CUDA graph needs it given.
+        out: (q, sf, g) to write into, contiguous and aligned as quantize_nvfp4 wants them; allocated if None. A
+            captured CUDA graph needs it given.
         stream: the stream to launch on; the caller's current stream if None. Never synchronises.
         pdl: launch with programmatic stream serialisation.
 
@@ -123,7 +126,8 @@ def quantize_nvfp4_given(
         g: [1] or [M] float32, positive and finite; any other gives what the equations give in IEEE arithmetic.
         saturated: [1] int32, added to; the caller zeroes it.
         scale_layout: "rows" or "128x4".
-        out: (q, sf) to write into, contiguous; allocated if None. A captured CUDA graph needs it given.
+        out: (q, sf) to write into, contiguous and aligned as quantize_nvfp4 wants them; allocated if None. A captured
+            CUDA graph needs it given.
         stream: the stream to launch on; the caller's current stream if None. Never synchronises.
         pdl: launch with programmatic stream serialisation.
 
@@ -307,26 +311,50 @@ QUANTIZE_NVFP4 = "linear/quantize_nvfp4.cu"
 
 @dataclass(frozen=True)
 class Tile:
-    """How quantize_nvfp4 shares out a row."""
+    """A block of threads takes a row."""
 
     threads: int
     items: int  # blocks of 16 a thread takes
-    parts: int  # blocks of threads that read the same row; each encodes a part of it
+
+    def instance(self, dtype: Any, tiled: bool) -> str:
+        """The instantiation for a dtype and a layout."""
+        return f"quantize_nvfp4<{_type(dtype)}, {self.threads}, {self.items}, {_bool(tiled)}>"
+
+    def launch(self, M: int, columns: int, tiled: bool) -> tuple[tuple[int, int], int]:
+        """Grid and block for M rows of so many scales."""
+        return (_padded(M, tiled), 1), self.threads
 
 
-def quantize_nvfp4_tile(M: int, K: int) -> Tile:
-    """The tile for a shape. bench/linear.py on an H200 and K = 7168 chose the numbers."""
+@dataclass(frozen=True)
+class FewTile:
+    """Several blocks of threads read the same row; each encodes a part of it."""
+
+    threads: int
+    values: int  # that a thread encodes
+    parts: int  # of a row
+
+    def instance(self, dtype: Any, tiled: bool) -> str:
+        """The instantiation for a dtype and a layout."""
+        return f"quantize_nvfp4_few<{_type(dtype)}, {self.threads}, {self.values}, {self.parts}, {_bool(tiled)}>"
+
+    def launch(self, M: int, columns: int, tiled: bool) -> tuple[tuple[int, int], int]:
+        """Grid and block for M rows of so many scales; a warp more where there are padding rows."""
+        width = _ceil(columns, 4) * 4 if tiled else columns
+        grid = M, _ceil(width * (NVFP4_GROUP // self.values), self.threads)
+        return grid, self.threads + (WARP if tiled and M % 128 else 0)
+
+
+def quantize_nvfp4_tile(M: int, K: int) -> Tile | FewTile:
+    """The tile for a shape. bench/results/h200-linear-tiles.txt, measured at K = 7168, chose the numbers."""
     blocks = K // NVFP4_GROUP
+    if M <= 64 and blocks <= 448:
+        threads = 128 if blocks <= 256 else 224
+        return FewTile(threads, 8, 4) if M <= 32 else FewTile(threads, 16, 2)
     if M <= FEW_ROWS and blocks <= 448:
-        return Tile(256 if blocks <= 256 else 448, 1, 4 if M <= 32 else 2 if M <= 64 else 1)
+        return Tile(256 if blocks <= 256 else 448, 1)
     if blocks <= 512:
-        return Tile(64 if blocks <= 256 else 128, 4, 1)
-    return Tile(128 if blocks <= 1024 else 256, 8, 1)
-
-
-def quantize_nvfp4_instance(dtype: Any, tile: Tile, tiled: bool) -> str:
-    """The instantiation for a dtype, a tile and a layout."""
-    return f"quantize_nvfp4<{_type(dtype)}, {tile.threads}, {tile.items}, {_bool(tiled)}>"
+        return Tile(64 if blocks <= 256 else 128, 4)
+    return Tile(128 if blocks <= 1024 else 256, 8)
 
 
 def _nvfp4_outputs(call: Call, operation: str, x: View, M: int, K: int, tiled: bool, g: str) -> tuple[Any, ...]:
@@ -338,7 +366,8 @@ def _nvfp4_outputs(call: Call, operation: str, x: View, M: int, K: int, tiled: b
     if call.outputs is not None:
         args = {"x": Arg(x, "M K", (BF16, F32), rows=True)}
         for name, view, (shape, dtype) in zip(("q", "sf", "g"), call.outputs, shapes, strict=False):
-            args[name] = Arg(view, _axes(shape), dtype, output=True, align=VECTOR if name == "q" else 0)
+            align = VECTOR if name == "q" or (name == "sf" and tiled) else 0
+            args[name] = Arg(view, _axes(shape), dtype, output=True, align=align)
         match(operation, **args)
     return tuple(shapes)
 
@@ -355,13 +384,11 @@ def _plan_quantize_nvfp4(call: Call) -> Plan:
     ready = None
     if M * K:
         tile = quantize_nvfp4_tile(M, K)
-        width = _ceil(K // NVFP4_GROUP, 4) * 4
-        share = _ceil(width // 4, tile.parts) * 4
-        ready = load(QUANTIZE_NVFP4, quantize_nvfp4_instance(x.dtype, tile, tiled), call.device).prepare(
-            (_padded(M, tiled), _ceil(width, share)),
-            tile.threads,
+        ready = load(QUANTIZE_NVFP4, tile.instance(x.dtype, tiled), call.device).prepare(
+            *tile.launch(M, K // NVFP4_GROUP, tiled),
             *(POINTER,) * 4,
-            *(np.int32(n) for n in (M, K, share)),
+            np.int32(M),
+            np.int32(K),
             np.int64(x.strides[0]),
             pdl=bool(pdl),
         )
@@ -571,19 +598,20 @@ _DEQUANTIZE_MXFP4 = Operation("dequantize_mxfp4", ("q", "sf"), ("out",), _plan_d
 
 
 _FORMS = tuple((kind, tiled) for kind in ("bf16", "float") for tiled in ("false", "true"))
+# Every tile, with its register budgets for bf16 and float32.
+_NVFP4_TILES: Final[tuple[tuple[Tile | FewTile, int, int], ...]] = (
+    *((FewTile(threads, 8, 4), 48, 56) for threads in (128, 224)),
+    *((FewTile(threads, 16, 2), 72, 72) for threads in (128, 224)),
+    *((Tile(threads, 1), 56, 56) for threads in (256, 448)),
+    *((Tile(threads, 4), 80, 120) for threads in (64, 128)),
+    *((Tile(threads, 8), 128, 176) for threads in (128, 256)),
+)
 INSTANCES = (
     *(
-        Instance(QUANTIZE_NVFP4, quantize_nvfp4_instance(_DTYPES[dtype], Tile(threads, items, 1), tiled), budget)
-        for dtype, four, eight in (("bfloat16", 80, 128), ("float32", 120, 176))
+        Instance(QUANTIZE_NVFP4, tile.instance(_DTYPES[dtype], tiled), wide if dtype == "float32" else narrow)
+        for tile, narrow, wide in _NVFP4_TILES
+        for dtype in _DTYPES
         for tiled in (False, True)
-        for threads, items, budget in (
-            (256, 1, 56),
-            (448, 1, 56),
-            (64, 4, four),
-            (128, 4, four),
-            (128, 8, eight),
-            (256, 8, eight),
-        )
     ),
     *(Instance(QUANTIZE_NVFP4, f"tensor_amax<{kind}>", 40) for kind in ("bf16", "float")),
     *(

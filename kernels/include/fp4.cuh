@@ -14,10 +14,10 @@ constexpr float E2M1_MAX = 6.0f;
 constexpr u32   INF_BITS = 0x7f800000u;
 constexpr float F32_MAX  = 3.402823466385288598e38f;
 
-// Sixteen neighbours as they lie in memory: 2 or 4 loads of 16 B, p 16 B aligned.
-template <typename T>
-struct Sixteen {
-    static constexpr int   WORDS   = BLOCK * int(sizeof(T)) / 4;
+// N neighbours as they lie in memory: loads of 16 B, p 16 B aligned.
+template <typename T, int N>
+struct Values {
+    static constexpr int   WORDS   = N * int(sizeof(T)) / 4;
     static constexpr float LARGEST = sizeof(T) == 2 ? BF16_MAX : F32_MAX;
     u32 raw[WORDS];
 
@@ -58,7 +58,7 @@ struct Sixteen {
     }
 
     // The same where there is one: NaN ignored, an infinity counted as the largest finite of T.
-    __device__ __forceinline__ static float finite_amax(Sixteen block) {
+    __device__ __forceinline__ static float finite_amax(Values block) {
         float most = 0.0f;
 #pragma unroll 1
         for (int i = 0; i < WORDS; ++i, block.rotate()) {
@@ -87,6 +87,26 @@ struct Sixteen {
         return (odd & 0x80808080u) | (even & 0x80808080u) >> 4;
     }
 };
+
+template <typename T>
+using Sixteen = Values<T, BLOCK>;
+
+// The amax() of several at once, always the same way.
+template <typename T, int N, int COUNT>
+__device__ __forceinline__ float amax_of(const Values<T, N> (&v)[COUNT]) {
+    float most = 0.0f;
+    u32 pair = 0;
+#pragma unroll
+    for (int n = 0; n < COUNT; ++n) {
+#pragma unroll
+        for (int i = 0; i < Values<T, N>::WORDS; ++i) {
+            if constexpr (sizeof(T) == 4) most = fmaxf(most, fabsf(v[n].value(i)));
+            else pair = max_bf16x2(pair, v[n].raw[i] & 0x7fff7fffu);
+        }
+    }
+    if constexpr (sizeof(T) == 2) most = __uint_as_float(max(pair << 16, pair & 0xffff0000u));
+    return fminf(most, Values<T, N>::LARGEST);
+}
 
 // The code of |v| in the low 22 bits, from h = v / 2; not for NaN. No comparison, all FMA.
 //
@@ -159,8 +179,8 @@ struct Reciprocal {
         const u32 bits = __float_as_uint(d);
         return bits - LEAST <= MOST - LEAST && (~bits & FRACTION) != 0;
     }
-    __device__ __forceinline__ explicit Reciprocal(float d) {
-        const float r = rcp_approx(d);
+    __device__ __forceinline__ explicit Reciprocal(float d) : Reciprocal(d, rcp_approx(d)) {}
+    __device__ __forceinline__ Reciprocal(float d, float r) {       // r: 1 / d, at most 8 ulp off
         high = fmaf(r, fmaf(-r, d, 1.0f), r);
         low  = high * fmaf(-high, d, 1.0f);
     }
@@ -172,7 +192,19 @@ struct GlobalScale {
     float g;
     Reciprocal sixth;                                // 1 / (6 * g), NaN where that is out of range
 
-    __device__ __forceinline__ explicit GlobalScale(float scale) : g(scale), sixth(E2M1_MAX * scale) {
+    __device__ __forceinline__ explicit GlobalScale(float scale) : GlobalScale(scale, rcp_approx(E2M1_MAX * scale)) {}
+
+    // max(amax / 2688, 2^-126), 1 if amax = 0. 2688 = 2^7 * 21, and no quotient by 21 is as near to a midpoint as
+    // 2^-30 of itself: the sum below, off by less than 2^-46, or 2^-150 where it underflows, rounds as it does.
+    __device__ __forceinline__ static GlobalScale of(float amax) {
+        constexpr float SPAN = 2688.0f, HIGH = 1.0f / 21.0f, LOW = float(1.0 / 21.0 - HIGH);     // 6 * 448
+        constexpr float MIN_NORMAL = 1.1754943508222875e-38f;
+        const float most = amax == 0.0f ? SPAN : amax;
+        return GlobalScale(fmaxf(fmaf(most, HIGH, most * LOW) * 0.0078125f, MIN_NORMAL), rcp_approx(most) * E4M3_MAX);
+    }
+
+private:
+    __device__ __forceinline__ GlobalScale(float scale, float r) : g(scale), sixth(E2M1_MAX * scale, r) {
         if (!Reciprocal::exists(E2M1_MAX * g)) sixth.high = nan_f32();
     }
 };
@@ -181,26 +213,26 @@ struct GlobalScale {
 //
 //   sf = e4m3(amax / (6 * g)),   q = e2m1(v / (sf * g)), 0 where sf = 0
 //
-// The usual road: false, and nothing is meant, where the block has to take the other. bits: its magnitude().
-template <typename T>
-__device__ __forceinline__ bool encode_nvfp4_usual(const Sixteen<T>& block, u32 bits, const GlobalScale& scale,
-                                                   uint2& q, u32& sf, float& ideal) {
+// The usual road, for the block or a half of it: false, and nothing is meant, where the block has to take the other.
+// bits: magnitude() of the block.
+template <typename T, int N>
+__device__ __forceinline__ bool encode_nvfp4_usual(const Values<T, N>& part, u32 bits, const GlobalScale& scale,
+                                                   u32 (&q)[N / 8], u32& sf, float& ideal) {
     ideal = scale.sixth.times(__uint_as_float(bits));
     sf    = pack_e4m3x2(ideal, 0.0f);
     const float step = decode_e4m3(sf) * (scale.g * E2M1_UNIT);
-    q = make_uint2(0, 0);
+#pragma unroll
+    for (int h = 0; h < N / 8; ++h) q[h] = 0;
     if (sf == 0) return bits < INF_BITS;
     if (!Reciprocal::exists(step) || bits >= INF_BITS) return false;
     const Reciprocal inverse(step);
-    u32 word[2];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
+    for (int h = 0; h < N / 8; ++h) {
         float a[8];
 #pragma unroll
-        for (int j = 0; j < 8; ++j) a[j] = inverse.times(block.value(8 * h + j));
-        word[h] = e2m1x8(a) | block.signs(h);
+        for (int j = 0; j < 8; ++j) a[j] = inverse.times(part.value(8 * h + j));
+        q[h] = e2m1x8(a) | part.signs(h);
     }
-    q = make_uint2(word[0], word[1]);
     return true;
 }
 
@@ -214,9 +246,9 @@ __device__ __forceinline__ uint2 encode_nvfp4_any(const Sixteen<T>& block, float
 
 template <typename T>
 __device__ __forceinline__ uint2 encode_nvfp4(const Sixteen<T>& block, float /* amax */, float g, u32& sf, float& ideal) {
-    uint2 q;
+    u32 q[2];
     return encode_nvfp4_usual(block, block.magnitude(), GlobalScale(g), q, sf, ideal)
-               ? q : encode_nvfp4_any(block, g, sf, ideal);
+               ? make_uint2(q[0], q[1]) : encode_nvfp4_any(block, g, sf, ideal);
 }
 
 // The ue8m0 scale of an mxfp4 group: 2 ^ ceil(log2(max(amax, 6 * 2^-126) / 6)), at most byte 253. With amax = m * 2^e,

@@ -72,3 +72,10 @@ __device__ __forceinline__ u32 max_u16x2(u32 a, u32 b) {
     asm("max.u16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
     return most;
 }
+
+// The larger of two pairs of bf16, half by half; a NaN only where both are.
+__device__ __forceinline__ u32 max_bf16x2(u32 a, u32 b) {
+    u32 most;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
+    return most;
+}

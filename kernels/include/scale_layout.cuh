@@ -6,6 +6,7 @@
 #pragma once
 
 #include "fp4.cuh"
+#include "warp.cuh"
 
 template <bool TILED>
 struct Scales {
@@ -19,6 +20,22 @@ struct Scales {
     }
     __device__ __forceinline__ static constexpr int apart(int columns) { return TILED ? columns / 4 * 512 : columns; }
 };
+
+// Zero the scales of the rows past M in the 128x4 layout, sf 16 B aligned: one warp, tiles first, first + step ..; a lane
+// the 16 B of rows row, row + 32, row + 64, row + 96. No branch but the loop's: few warps have much to zero where M is 1.
+__device__ __forceinline__ void clear_rows(u8* sf, int M, int width, int first, int step) {
+    const int tiles = width / 4, row = M / 128 * 128 + threadIdx.x % LANES;
+    const bool all = row >= M, from1 = !all && row + 32 >= M, from2 = !all && row + 64 >= M, from3 = !all && row + 96 >= M;
+    u8* at = sf + offset_128x4(row, 4 * first, tiles);
+#pragma unroll 1
+    for (int tile = first; tile < tiles; tile += step, at += i64(step) * 512) {
+        u32* word = reinterpret_cast<u32*>(at);
+        if (all) *reinterpret_cast<uint4*>(at) = make_uint4(0, 0, 0, 0);
+        if (from1) word[1] = 0;
+        if (from2) word[2] = 0;
+        if (from3) word[3] = 0;
+    }
+}
 
 // Blocks j, j + THREADS .. of a row of `blocks`, from where block j lies; zeros beyond the row.
 template <int THREADS, int ITEMS, typename T>

@@ -1,7 +1,7 @@
 """The quotients of kernels/include/fp4.cuh fall on the same side of every threshold of e2m1 and e4m3 as IEEE's.
 
-q = RN(x * high + RN(x * low)), low = RN(high * (1 - high * s)), high = RN(r + r * (1 - r * s)), r within an ulp of
-1 / s. Before its rounding, high is off by (1 - r * s)^2 < 2^-46, so e = 1 - high * s is below 2^-24 + 2^-46, and a
+q = RN(x * high + RN(x * low)), low = RN(high * (1 - high * s)), high = RN(r + r * (1 - r * s)), r within 8 ulp of
+1 / s. Before its rounding, high is off by (1 - r * s)^2 < 2^-40, so e = 1 - high * s is below 2^-24 + 2^-40, and a
 float. 1 / s = high * (1 + e + e^2 + ..), and low holds all but e^2 and a rounding, 2^-48 each; RN(x * low) adds as
 much: before its own rounding q differs from x / s by less than 2^-46 relative. Then q and RN(x / s) can compare
 differently with a threshold only if x / s is that near to the midpoint beside the threshold at which RN(x / s) changes
@@ -63,7 +63,7 @@ def differs(x, s, threshold):
     """Whether the kernels' quotient may compare with the threshold otherwise than IEEE's."""
     nearest, ieee = rounded(1 / s), rounded(x / s)
     ulp = Fraction(2) ** (exponent(nearest) - 23)
-    for r in (nearest - ulp, nearest, nearest + ulp):
+    for r in (nearest + n * ulp for n in range(-8, 9)):
         high = rounded(r + r * rounded(1 - r * s))
         e = rounded(1 - high * s)
         assert e == 1 - high * s
@@ -81,3 +81,17 @@ def test_only_a_divisor_of_all_ones_is_rounded_to_the_other_side(bits, fewest):
         assert abs(x / s / threshold - 1) < Fraction(1, 2**23)
         assert differs(x, s, threshold) == (s == 2**24 - 1 and threshold == 1), (x, s, threshold)
     assert found >= fewest
+
+
+@pytest.mark.parametrize("exponent", [-115, -114, 0, 127])  # the first two: g is cut to 2^-126
+def test_the_division_by_2688_is_exact(exponent):
+    """For every float32 of a binade. The sum is taken in float64: no quotient by 21 is that near to a midpoint."""
+    high = np.float32(1) / np.float32(21)
+    low = np.float32(1 / 21 - float(high))
+    least = np.float32(2.0**-126)
+    amax = np.ldexp(np.arange(2**23, 2**24).astype(np.float32), exponent - 23).astype(np.float32)
+    with np.errstate(under="ignore"):
+        quotient = (amax.astype(np.float64) * float(high) + (amax * low).astype(np.float64)).astype(np.float32)
+        assert np.array_equal(
+            np.maximum(quotient * np.float32(2.0**-7), least), np.maximum(amax / np.float32(2688), least)
+        )

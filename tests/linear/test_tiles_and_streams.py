@@ -8,6 +8,7 @@ from test_quantize_nvfp4 import activations, edges, given, same
 from dsv4_rt import formats
 from dsv4_rt.linear import ops, reference
 from dsv4_rt.linear.ops import (
+    FewTile,
     Tile,
     dequantize_mxfp4,
     dequantize_nvfp4,
@@ -36,13 +37,18 @@ def forgotten(monkeypatch):
 @pytest.mark.parametrize(
     ("tile", "K"),
     [
-        (Tile(256, 1, 3), 4080),
-        (Tile(448, 1, 4), 7120),
-        (Tile(448, 1, 2), 48),
-        (Tile(64, 4, 1), 2064),
-        (Tile(128, 4, 5), 7168),
-        (Tile(128, 8, 2), 8208),
-        (Tile(256, 8, 1), 20496),
+        (FewTile(128, 8, 4), 4080),
+        (FewTile(224, 8, 4), 7120),
+        (FewTile(224, 8, 4), 48),
+        (FewTile(128, 16, 2), 4080),
+        (FewTile(224, 16, 2), 7120),
+        (FewTile(224, 16, 2), 48),
+        (Tile(256, 1), 4080),
+        (Tile(448, 1), 7120),
+        (Tile(64, 4), 2064),
+        (Tile(128, 4), 7168),
+        (Tile(128, 8), 8208),
+        (Tile(256, 8), 20496),
     ],
     ids=str,
 )
@@ -54,12 +60,28 @@ def test_every_tile(device, rng, forgotten, dtype, layout, tile, K):
     same(device, quantize_nvfp4(device.array(x), scale_layout=layout), reference.quantize_nvfp4(x, layout))
 
 
+@pytest.mark.parametrize("tile", [FewTile(128, 8, 4), FewTile(128, 16, 2)], ids=str)
+@pytest.mark.parametrize("M", [1, 2, 31, 32, 33, 64, 127, 128, 130])
+def test_few_rows_zero_the_padding(device, rng, forgotten, tile, M):
+    """Every byte of the 128x4 layout is written: rows past M in their 16 B groups, and columns past K / 16."""
+    forgotten.setattr(ops, "quantize_nvfp4_tile", lambda *_: tile)
+    K = 16 * 14
+    x = activations(rng, M, K, BF16)
+    out = (
+        device.array(np.full((M, K // 2), 0xA5, np.uint8)),
+        device.array(np.full(formats.scale_bytes_128x4(M, K // 16), 0xA5, np.uint8)),
+        device.array(np.full(M, np.nan, np.float32)),
+    )
+    quantize_nvfp4(device.array(x), scale_layout="128x4", out=out)
+    same(device, out, reference.quantize_nvfp4(x, "128x4"))
+
+
 def test_tiles_cover_every_row():
     shapes = [(M, K, tiled) for M in (1, 33, 64, 65, 300) for K in range(16, 32769, 16) for tiled in (False, True)]
     for M, K, tiled in shapes:
         tile = ops.quantize_nvfp4_tile(M, K)
-        assert tile.threads * tile.items * 16 >= K
-        assert any(ops.quantize_nvfp4_instance(BF16, tile, tiled) == instance.name for instance in ops.INSTANCES)
+        assert tile.threads * (tile.items * 16 if isinstance(tile, Tile) else tile.values * tile.parts) >= K
+        assert any(tile.instance(BF16, tiled) == instance.name for instance in ops.INSTANCES)
 
 
 @both_dtypes
