@@ -597,8 +597,8 @@ INSTANCES = (
         for tokens in (1, 2**16)
     ),
     *(
-        Instance(COMPUTE_VALID_LENS, compute_valid_lens_instance(share, position), 32)
-        for share in (8, 32)
+        Instance(COMPUTE_VALID_LENS, compute_valid_lens_instance(share, position), budget)
+        for share, budget in ((8, 32), (32, 40))
         for position in (I32, I64)
     ),
 )
