@@ -514,16 +514,7 @@ _APPEND_INDEX_KEYS = Operation("append_index_keys", ("x", "slots"), ("pages",), 
 
 COMPUTE_VALID_LENS = "kv/compute_valid_lens.cu"
 COMPUTE_VALID_LENS_THREADS = 128
-
-
-def compute_valid_lens_share(tokens: int) -> int:
-    """Lanes that share a token: few tokens take a warp each, and one round of 256 pages."""
-    return 32 if tokens <= 512 else 8
-
-
-def compute_valid_lens_instance(share: int, position: np.dtype[Any]) -> str:
-    """The instantiation for a type of positions."""
-    return f"compute_valid_lens<{'int' if position == I32 else 'long long'}, {share}>"
+LANES_A_TOKEN = 8  # of compute_valid_lens
 
 
 def _plan_compute_valid_lens(call: Call) -> Plan:
@@ -549,10 +540,10 @@ def _plan_compute_valid_lens(call: Call) -> Plan:
         )
     ready = None
     if T:
-        share = compute_valid_lens_share(T)
-        name = compute_valid_lens_instance(share, positions.dtype)
-        ready = load(COMPUTE_VALID_LENS, name, call.device).prepare(
-            _ceil(T * share, COMPUTE_VALID_LENS_THREADS),
+        kind = "int" if positions.dtype == I32 else "long long"
+        blocks = _ceil(T * LANES_A_TOKEN, COMPUTE_VALID_LENS_THREADS)
+        ready = load(COMPUTE_VALID_LENS, f"compute_valid_lens<{kind}>", call.device).prepare(
+            blocks,
             COMPUTE_VALID_LENS_THREADS,
             *(POINTER,) * 2,
             np.uint64(0) if row is None else POINTER,
@@ -596,9 +587,5 @@ INSTANCES = (
         for rotate in (True, False)
         for tokens in (1, 2**16)
     ),
-    *(
-        Instance(COMPUTE_VALID_LENS, compute_valid_lens_instance(share, position), budget)
-        for share, budget in ((8, 32), (32, 40))
-        for position in (I32, I64)
-    ),
+    *(Instance(COMPUTE_VALID_LENS, f"compute_valid_lens<{kind}>", 32) for kind in ("int", "long long")),
 )

@@ -5,7 +5,7 @@ import pytest
 
 from dsv4_rt import ArgumentError
 from dsv4_rt.kv import reference
-from dsv4_rt.kv.ops import compute_valid_lens, compute_valid_lens_share
+from dsv4_rt.kv.ops import compute_valid_lens
 
 
 def tables(rng, B, blocks):
@@ -18,7 +18,7 @@ def tables(rng, B, blocks):
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
 @pytest.mark.parametrize(("ratio", "entries"), [(4, 64), (128, 2), (1, 64), (3, 5)])
-@pytest.mark.parametrize("T", [0, 1, 300, 701])  # a warp a token, then 8 lanes
+@pytest.mark.parametrize("T", [0, 1, 300])
 def test_matches_oracle(device, rng, dtype, ratio, entries, T):
     B, blocks = 7, 11
     table = tables(rng, B, blocks)
@@ -30,9 +30,8 @@ def test_matches_oracle(device, rng, dtype, ratio, entries, T):
 
 
 @pytest.mark.parametrize("blocks", [31, 32, 33, 255, 256, 257, 1023, 1025, 2500])  # one round, two, three
-@pytest.mark.parametrize("T", [90, 600])
-def test_long_rows_are_searched(device, rng, T, blocks):
-    assert compute_valid_lens_share(T) == (32 if T == 90 else 8)
+def test_long_rows_are_searched(device, rng, blocks):
+    T = 90
     table = tables(rng, T, blocks)
     table[0], table[1] = 1, 0
     table[2, : blocks - 1], table[2, -1] = 1, 0
