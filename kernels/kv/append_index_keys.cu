@@ -171,6 +171,7 @@ append_index_keys(const bf16* x,                     // [T, 128]  rows x_stride 
     // Which token is mine? Lanes past the last one go along with zeros.
     const int l = threadIdx.x % SHARE;
     const i64 t = (i64(blockIdx.x) * blockDim.x + threadIdx.x) / SHARE;
+    if (t < T && l == 0) prefetch_l2(slots + t);     // for want of registers the compiler may load it late
     wait_for_dependency();
     let_dependents_start();
     Block key[BLOCKS];
