@@ -308,14 +308,17 @@ def ratio(row, name):
     return f"{row[name] / row['us']:.2f}x" if row.get(name) else ""
 
 
+def share(row):
+    return f"{100 * row['of_roof']:.0f} %" if row["of_roof"] > 0.2 else "latency"
+
+
 def show(rows):
     print(f"{'':34}{'T':>7}{'us':>9}{'p10 .. p90':>20}{'PDL':>9}{'floor':>9}{'MB':>10}{'GB/s':>7}", end="")
     print(f"{'of roof':>9}{'vs torch':>10}{'vs Triton':>11}{'host us':>9}{'error':>7}")
     for row in rows:
-        share = f"{100 * row['of_roof']:.0f} %" if row["of_roof"] > 0.2 else "latency"
         print(
             f"{row['case']:34}{row['T']:7}{row['us']:9.2f}{row['p10']:10.2f} ..{row['p90']:7.2f}{row['pdl_us']:9.2f}"
-            f"{row['floor_us']:9.2f}{row['bytes'] / 1e6:10.3f}{row['bytes'] / row['us'] * 1e-3:7.0f}{share:>9}"
+            f"{row['floor_us']:9.2f}{row['bytes'] / 1e6:10.3f}{row['bytes'] / row['us'] * 1e-3:7.0f}{share(row):>9}"
             f"{ratio(row, 'torch_us'):>10}{ratio(row, 'triton_us'):>11}{row['host_us']:9.2f}{row['error']:7}"
         )
 
@@ -327,7 +330,7 @@ def readme_table(facts, rows):
     ]
     lines += [
         f"| `{row['case']}` | {row['T']} | {row['us']:.2f} | {row['pdl_us']:.2f} | {row['floor_us']:.2f} "
-        f"| {100 * row['of_roof']:.0f} % | {ratio(row, 'torch_us')} | {ratio(row, 'triton_us')} |"
+        f"| {share(row)} | {ratio(row, 'torch_us')} | {ratio(row, 'triton_us')} |"
         for row in rows
     ]
     f = facts

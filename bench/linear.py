@@ -9,7 +9,7 @@ run. The error column counts bytes that differ from the oracle's, on a sample of
 import cupy
 import numpy as np
 from harness import Bench, main
-from kv import by_torch_and_triton, ratio, torch_of
+from kv import by_torch_and_triton, ratio, share, torch_of
 from memory_kernels import copy_roofs, timing
 
 from dsv4_rt import formats
@@ -200,10 +200,6 @@ def measure(bench):
             }
         )
     return [{"bench": "linear", **each} for each in rows]
-
-
-def share(row):
-    return f"{100 * row['of_roof']:.0f} %" if row["of_roof"] > 0.2 else "latency"
 
 
 def with_pdl(row):
