@@ -67,7 +67,8 @@ def gather_kv(
     Raises:
         ArgumentError: a shape, dtype, layout or record is not the one above.
 
-    Traffic: reads 584 (v4) or 580 (split) B and 8 B of indices a record, writes 1024 B.
+    Traffic: reads 584 (v4) or 580 (split) B and 4 B of index a record, the token's row of the table for every 8 to 32
+    records (4 B a record where max_blocks > 1024), writes 1024 B.
     """
     outs = None if out is None else (out,)
     return _GATHER_KV((topk_indices, block_table, row, pages), outs, (record, entries, pdl), stream)[0]
@@ -271,11 +272,14 @@ class Tile:
     blocks: int
 
 
-def gather_kv_tile(records: int) -> Tile:
-    """The tile for T * k records. bench/results/h200-kv-tiles.txt has them timed against one another."""
-    if records <= 2048:
+def gather_kv_tile(T: int, k: int) -> Tile:
+    """The tile for T lists of k records. bench/results/h200-kv-tiles.txt has them timed for k = 1024.
+
+    A block has 8 * each records of one list: lists too short for four a warp take one.
+    """
+    if T * k <= 2048 or k < 4 * GATHER_KV_WARPS:
         return Tile(1, 8)
-    return Tile(4, 4) if records <= 49152 else Tile(2, 6)
+    return Tile(4, 4) if T * k <= 49152 else Tile(2, 6)
 
 
 def gather_kv_instance(tile: Tile, max_blocks: int, record: str, entries: int) -> str:
@@ -326,8 +330,8 @@ def _plan_gather_kv(call: Call) -> Plan:
     ready = None
     if T * k:
         check_range("gather_kv", "T * k", T * k, 1, 2**31 - 1)
-        tile = gather_kv_tile(T * k)
-        name = gather_kv_instance(tile, max_blocks, record, entries)
+        tile = gather_kv_tile(T, k)
+        name = gather_kv_instance(tile, max_blocks if B else 0, record, entries)
         ready = load(GATHER_KV, name, call.device).prepare(
             gather_kv_grid(tile, T, k),
             32 * GATHER_KV_WARPS,
@@ -367,7 +371,7 @@ def _plan_gather_kv_slots(call: Call) -> Plan:
     ready = None
     if T * k:
         check_range("gather_kv_slots", "T * k", T * k, 1, 2**31 - 1)
-        tile = gather_kv_tile(T * k)
+        tile = gather_kv_tile(T, k)
         name = gather_kv_slots_instance(tile, record, entries, slots.dtype)
         ready = load(GATHER_KV, name, call.device).prepare(
             gather_kv_grid(tile, T, k),
@@ -562,7 +566,7 @@ _COMPUTE_VALID_LENS = Operation(
 
 # The pages of the released models' caches, with register budgets.
 _PAGES = tuple((record, entries) for record in RECORDS for entries in (ENTRIES, HCA_ENTRIES))
-_GATHERS = tuple((gather_kv_tile(records), budget) for records, budget in ((1, 32), (2**13, 64), (2**20, 40)))
+_GATHERS = tuple((gather_kv_tile(T, 1024), budget) for T, budget in ((1, 32), (8, 64), (1024, 40)))
 INSTANCES = (
     *(
         Instance(GATHER_KV, gather_kv_instance(tile, max_blocks, record, entries), budget)

@@ -11,7 +11,8 @@
 //           ignored in amax (a rotation spreads it over the key), an infinity counts as the largest finite bf16.
 //           Two tokens with one slot: either's bytes, mixed; no other record is touched.
 // Work      SHARE lanes a token, 8 / SHARE blocks of 16 dimensions a lane: few lanes spare exchanges, many spare time.
-//           FP4 codes two at a time (fp4_pairs.cuh); infinities, NaN and a g that is no power of two by division.
+//           Slots are asked for before the wait for the kernel before this one. FP4 codes two at a time
+//           (fp4_pairs.cuh); infinities, NaN and a g that is no power of two by division.
 // Cost      reads 256 + 8 B a token, writes 72 (Nvfp4), 68 (Mxfp4) or 132 (Fp8) B. Bound by HBM bandwidth, rotated keys by
 //           the issue of instructions, and by latency when T is small. bench/kv.py.
 // Launch    append_index_keys<Format, ROTATE, N, SHARE, WARPS>: Format Nvfp4<g is a power of two>, Mxfp4 or Fp8, N even

@@ -8,15 +8,16 @@
 // Source    DeepSeek-V4 inference reference, model.py: the sparse attention's selected entries; FlashMLA tests/quant.py.
 // Numerics  bit-exact: one fp32 product, one rounding to bf16. V4's product is exact within bf16's normal range.
 //           A NaN comes out as 0x7fff, rope as it lies there. An index, slot, row or page id outside its range (-1
-//           above all) gives zeros, and nothing is read for it.
+//           above all) gives zeros, and no record is read for it.
 // Work      a warp takes EACH neighbours of one token's list. Its block first fetches the token's row of the table beside
 //           the indices, if it is TABLED, and then a lane finds the page of one record; then all their bytes are in flight
 //           together: two 8 B loads of codes (or one, and 16 B of rope) and two 16 B stores a lane, all past L1. While it
-//           waits for the kernel before it, it asks for the lines of indices and of the row.
-// Cost      reads 4 B of index and of table (8 B a slot), 584 (V4) or 580 (Split) B a record, writes 1024 B. Bound by
-//           HBM bandwidth, a scale costing a whole sector; by the latency of dependent loads where there are few.
+//           waits for the kernel before it, it asks for the lines of indices and, where token t has row t, of the row.
+// Cost      reads 584 (V4) or 580 (Split) B a record and 4 B of index, 4 B of table too or the token's row a block
+//           (slots: 4 or 8 B a record), writes 1024 B. Bound by HBM bandwidth, a scale costing a whole sector; by the
+//           latency of dependent loads where there are few.
 // Launch    gather_kv<Record, N, EACH, BLOCKS, TABLED>, gather_kv_slots<Record, N, Slot, EACH, BLOCKS>: Record V4 or
-//           Split, N entries a page, Slot int or long long, BLOCKS an SM is to hold; TABLED: 1 <= max_blocks <= 1024.
+//           Split, N entries a page, Slot int or long long, BLOCKS an SM is to hold; TABLED: 1 <= max_blocks <= 1024, B > 0.
 //           block = 256, no dynamic shared memory, grid = (ceil(k / EACH / 8), y, z) with y * z >= T. Host returns at
 //           T * k = 0. May follow a kernel by programmatic dependent launch.
 

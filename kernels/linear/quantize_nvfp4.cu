@@ -19,7 +19,7 @@
 //           grid = (M, ceil(values of a row / VALUES / THREADS)), block = THREADS; with TILED scales padded to 4, and one
 //           warp more where M is no multiple of 128: it zeroes the rows past M. quantize_nvfp4_tensor<T, ITEMS, TILED>,
 //           quantize_nvfp4_given<T, ITEMS, TILED>: block = 128, grid = (M, ceil(scales of a row / 128 / ITEMS)).
-//           TILED: scales in the 128x4 layout, padding zeroed; M rounded up to 128, scales of a row to 4.
+//           TILED: scales in the 128x4 layout, padding zeroed; M rounded up to 128 (but for few), scales of a row to 4.
 //           tensor_amax<T>: block 256, grid <= 512. Host returns at M * K = 0. Each may follow a kernel by programmatic
 //           dependent launch.
 

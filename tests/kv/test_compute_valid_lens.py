@@ -29,7 +29,7 @@ def test_matches_oracle(device, rng, dtype, ratio, entries, T):
     assert np.array_equal(device.numpy(got), reference.compute_valid_lens(positions, table, ratio, entries, row))
 
 
-@pytest.mark.parametrize("blocks", [31, 32, 33, 255, 256, 257, 1023, 1025, 2500])  # one round, two, three
+@pytest.mark.parametrize("blocks", [31, 32, 33, 1023, 1025, 2500])  # one round, two, three
 def test_long_rows_are_searched(device, rng, blocks):
     T = 90
     table = tables(rng, T, blocks)

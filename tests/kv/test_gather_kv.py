@@ -54,7 +54,7 @@ def test_slots(device, rng, record, dtype):
     same_bits(device.numpy(got), reference.gather_kv_slots(slots, pages, record))
 
 
-TILES = [ops.gather_kv_tile(records) for records in (1, 2**13, 2**20)]
+TILES = [ops.gather_kv_tile(T, 1024) for T in (1, 8, 1024)]
 
 
 @pytest.mark.parametrize("record", RECORDS)
@@ -62,10 +62,12 @@ TILES = [ops.gather_kv_tile(records) for records in (1, 2**13, 2**20)]
 @pytest.mark.parametrize("number", range(len(TILES)))
 def test_every_tile_and_length_of_table(device, rng, monkeypatch, record, blocks, number):
     """Lists that fill no block of any tile, and table rows that a block fetches whole, or does not."""
-    monkeypatch.setattr(ops, "gather_kv_tile", lambda records: TILES[number])
-    blocks_a_list = ops.gather_kv_grid(TILES[number], 3, 37 + number)[0]
+    monkeypatch.setattr(ops, "gather_kv_tile", lambda T, k: TILES[number])
+    blocks_a_list = ops.gather_kv_grid(TILES[number], 3, 37)[0]
     monkeypatch.setattr(ops, "gather_kv_grid", lambda tile, T, k: (blocks_a_list, 2, 2))  # as where T passes 65,535
-    T, k, P = 3, 37 + number, 6  # a shape of its own: plans are kept
+    for operation in (ops._GATHER_KV, ops._GATHER_KV_SLOTS):
+        monkeypatch.setattr(operation, "_known", {})  # plans are remembered by shape
+    T, k, P = 3, 37, 6
     pages = filled(rng, P, record, 64)
     index, table = lists(rng, T, k, T, blocks, P, 64)
     index[0, :3] = [blocks * 64 - 1, blocks * 64, 0]  # the last entry there is, the first there is not
@@ -79,6 +81,7 @@ def test_every_tile_and_length_of_table(device, rng, monkeypatch, record, blocks
 
 def test_tiles_and_grids():
     assert len(set(TILES)) == len(TILES)
+    assert ops.gather_kv_tile(4096, 31) == TILES[0]  # four a warp would leave warps without a record
     names = [ops.gather_kv_instance(TILES[0], blocks, "v4", 64) for blocks in (0, 1, 1024, 1025)]
     assert names[0] == names[3] != names[1] == names[2]
     for tile in TILES:
@@ -143,8 +146,10 @@ def test_nothing_and_nowhere(device, rng):
         assert gather_kv(empty, table, pages).shape == (T, k, 512)
         assert gather_kv_slots(empty, pages).shape == (T, k, 512)
     index = device.array(np.zeros((2, 9), np.int32))
-    empty = device.array(np.empty((2, 0), np.int32))  # tables without a block
+    empty = device.array(np.empty((2, 0), np.int32))  # tables without a block, and without a row
     assert not device.numpy(gather_kv(index, empty, pages)).view(np.uint16).any()
+    none, row = device.array(np.empty((0, 4), np.int32)), device.array(np.zeros(2, np.int32))
+    assert not device.numpy(gather_kv(index, none, pages, row=row)).view(np.uint16).any()
     nowhere = device.array(np.full((2, 9), -1, np.int32))
     assert not device.numpy(gather_kv(nowhere, table, pages)).view(np.uint16).any()
     assert not device.numpy(gather_kv_slots(nowhere, pages)).view(np.uint16).any()

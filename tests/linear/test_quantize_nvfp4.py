@@ -257,7 +257,7 @@ def test_says_what_is_wrong(emulator):
         quantize_nvfp4(x, out=(np.empty((4, 32), np.uint8), np.empty((4, 5), np.uint8), np.empty(4, np.float32)))
     wide = np.empty(512 + 16, np.uint8)
     odd = wide[(8 - wide.ctypes.data) % 16 :][:512]
-    with pytest.raises(ArgumentError, match=r"sf does not fit(.|\n)*16"):
+    with pytest.raises(ArgumentError, match=r"sf does not fit(.|\n)*must be a multiple of 16 B"):
         quantize_nvfp4(x, scale_layout="128x4", out=(np.empty((4, 32), np.uint8), odd, np.empty(4, np.float32)))
     with pytest.raises(ArgumentError, match=r"g does not fit(.|\n)*axis 0 \(4\) must be 4"):
         quantize_nvfp4_given(x, np.ones(3, np.float32), saturated)
