@@ -46,12 +46,12 @@ def gather_kv(
         out[t, j] = bf16(e4m3(codes[page, e]) * scale[page, e]) for 448 dimensions, then the 64 bf16 ones as they lie
 
     Index -1, or one outside the table, gives zeros; so do a row outside 0 .. B-1 and a page id outside the pool (the
-    null page). A NaN code or scale gives NaN, 0x7fff. Bit-exact. What no index names is never read.
+    null page). A NaN code or scale gives NaN, 0x7fff. Bit-exact. No entry is read that no index names.
     Source: DeepSeek-V4 inference reference, sparse attention; FlashMLA tests/quant.py for the v4 page.
 
     Args:
         topk_indices: [T, k] int32, entries of the sequence's cache; rows may be strided.
-        block_table: [B, max_blocks] int32, page ids; rows may be strided.
+        block_table: [B, max_blocks] int32, page ids; rows may be strided. Up to 1,024 blocks spare a dependent load.
         pages: [P, page bytes] uint8, 16 B aligned; pages may be strided, by a multiple of 16 B.
         record: "v4" or "split".
         entries: a page: 64 (csa, window), 2 (hca), or another number.
@@ -258,8 +258,6 @@ def _check_rows(operation: str, name: str, view: View, multiple: int) -> None:
 # --------------------------------------------------------------------------------------------------- gather_kv
 
 GATHER_KV = "kv/gather_kv.cu"
-
-
 GATHER_KV_WARPS = 8  # a block
 GATHER_KV_ROW = 1024  # ids: the longest row of a table that a block fetches whole
 

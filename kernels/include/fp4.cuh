@@ -272,10 +272,6 @@ __device__ __forceinline__ uint2 encode_mxfp4(const Sixteen<T>& block, u32 bits,
     }
     return make_uint2(word[0], word[1]);
 }
-template <typename T>
-__device__ __forceinline__ uint2 encode_mxfp4(const Sixteen<T>& block, u32 byte) {
-    return encode_mxfp4(block, block.magnitude(), byte);
-}
 
 // A code 0 .. 15 in the low bits -> its value. Exact: the bits of an e2m1 are those of a float, 2^126 times smaller.
 __device__ __forceinline__ float decode_e2m1(u32 code) {

@@ -13,8 +13,9 @@
 // Work      SHARE lanes a token, 8 / SHARE blocks of 16 dimensions a lane: few lanes spare exchanges, many spare time.
 //           Slots are asked for before the wait for the kernel before this one. FP4 codes two at a time
 //           (fp4_pairs.cuh); infinities, NaN and a g that is no power of two by division.
-// Cost      reads 256 + 8 B a token, writes 72 (Nvfp4), 68 (Mxfp4) or 132 (Fp8) B. Bound by HBM bandwidth, rotated keys by
-//           the issue of instructions, and by latency when T is small. bench/kv.py.
+// Cost      reads 256 + 8 B a token, writes 72 (Nvfp4), 68 (Mxfp4) or 132 (Fp8) B. Bound by HBM bandwidth, by latency when
+//           T is small; rotated keys in part by instructions: a fifth fewer of them took 6 % less time
+//           (bench/results/h200-kv-tiles.txt).
 // Launch    append_index_keys<Format, ROTATE, N, SHARE, WARPS>: Format Nvfp4<g is a power of two>, Mxfp4 or Fp8, N even
 //           entries a page. block = 32 * WARPS, grid = ceil(T * SHARE / (32 * WARPS)), no shared memory. Host returns at
 //           T = 0. May follow a kernel by programmatic dependent launch.

@@ -24,11 +24,10 @@ __device__ __forceinline__ float amax8(const float (&v)[CHUNK]) {
     return amax;
 }
 
-// The largest of W neighbouring lanes.
-template <int W>
+// The largest of 8 neighbouring lanes.
 __device__ __forceinline__ float group_max(float amax) {
 #pragma unroll
-    for (int d = W / 2; d > 0; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(ALL_LANES, amax, d));
+    for (int d = 4; d > 0; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(ALL_LANES, amax, d));
     return amax;
 }
 
@@ -44,7 +43,7 @@ __device__ __forceinline__ uint2 encode8(const float (&v)[CHUNK], Divide divide)
 __device__ __forceinline__ void encode(V4, const float (&v)[2][CHUNK], int lane, uint2 (&codes)[2], u8* scales) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        const float amax    = fminf(fmaxf(group_max<8>(amax8(v[h])), AMAX_FLOOR), BF16_MAX);
+        const float amax    = fminf(fmaxf(group_max(amax8(v[h])), AMAX_FLOOR), BF16_MAX);
         const u32   byte    = e4m3_scale(__float_as_uint(amax));
         const float inverse = decode_ue8m0(254 - byte);      // exact: the scale is 2^-22 .. 2^120
         codes[h] = encode8(v[h], [=](float x) { return x * inverse; });
